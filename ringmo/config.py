@@ -1,0 +1,334 @@
+"""params.yaml as typed, validated values: one model a section, one line for what is wrong."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ringmo.errors import BadInput
+
+SCHEMA = 1
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+CropScale = tuple[Ratio, Ratio]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ingest(Section):
+    sources: list[str] = Field(min_length=1)
+    labels: Literal["auto", "none"] = "auto"
+    tile_size: int = Field(256, ge=16, le=4096)
+    max_nodata_share: Share = 0.5
+    max_bad_share: Share = 0.1
+    shard_mb: float = Field(64, gt=0)
+
+
+class Sensor(Section):
+    """Bands in order; mean and standard deviation a band, in the unit of the pixels."""
+
+    bands: list[str] = Field(min_length=1)
+    dtype: Literal["uint8"]
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode="after")
+    def _one_a_band(self) -> "Sensor":
+        if not len(self.bands) == len(self.mean) == len(self.std):
+            raise ValueError("mean and std need one value for each band")
+        return self
+
+
+class Split(Section):
+    test: float = Field(0.2, gt=0, lt=1)
+    val: float = Field(0.1, gt=0, lt=1)
+    near_duplicate_bits: int = Field(3, ge=0, le=3)
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _train_left(self) -> "Split":
+        if self.test + self.val >= 0.9:
+            raise ValueError("test + val leave less than a tenth for training")
+        return self
+
+
+class Validate(Section):
+    min_per_class: Positive = 8
+    min_std: float = Field(2.0, ge=0)
+    max_blank_share: Share = 0.01
+    max_nodata_share: Share = 0.5
+    classes_may_vanish: bool = False
+
+
+class Select(Section):
+    sensor: str = "rgb"
+    labels_per_class: Positive | None = None
+
+
+class Model(Section):
+    """The encoder's architecture, in timm's words."""
+
+    backbone: Literal["swin"] = "swin"
+    stem: Literal["pi_conv", "patch"] = "pi_conv"
+    image_size: int = Field(64, ge=16)
+    patch_size: Literal[4, 16] = 4
+    embed_dim: int = Field(48, ge=8)
+    depths: list[Positive] = Field(min_length=1, max_length=4)
+    num_heads: list[Positive] = Field(min_length=1, max_length=4)
+    window_size: Positive = 4
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Model":
+        if len(self.depths) != len(self.num_heads):
+            raise ValueError("depths and num_heads need one value for each Swin stage")
+        stride = self.patch_size * 2 ** (len(self.depths) - 1)
+        if self.image_size % stride:
+            raise ValueError(f"image_size must be a multiple of {stride}, the encoder's stride")
+        if self.embed_dim % 4:
+            raise ValueError("embed_dim must be a multiple of 4, for the stem")
+        for i, heads in enumerate(self.num_heads):
+            if self.embed_dim * 2**i % heads:
+                raise ValueError(f"{heads} heads do not divide {self.embed_dim * 2**i} channels")
+        return self
+
+
+class Training(Section):
+    """What every training has. Rates are for 512 images and scale with the batch."""
+
+    epochs: Positive
+    warmup_epochs: int = Field(ge=0)
+    batch_size: Positive
+    base_lr: float = Field(gt=0)
+    min_lr: float = Field(ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    clip_norm: float = Field(5.0, gt=0)
+    crop_scale: CropScale
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    checkpoint_every_s: float = Field(20, ge=0)
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Training":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError("warmup_epochs must be fewer than epochs")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError("crop_scale is [smallest, largest]")
+        return self
+
+
+class Pretrain(Training):
+    refresh: Literal["full", "keep"] = "full"
+    mask_patch_size: Positive = 32
+    mask_ratio: Ratio = 0.6
+    inside_ratio: Ratio = 0.6
+    picture_every: Positive = 5
+
+
+class Finetune(Training):
+    layer_decay: Ratio = 1.0
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+
+
+class Evaluate(Section):
+    histogram_baseline: bool = True
+    bootstrap_samples: int = Field(1000, ge=100)
+    worst: Positive = 24
+
+
+class Gate(Section):
+    metric: Literal["accuracy", "mean_f1"] = "accuracy"
+    max_drop: Share = 0.03
+    min_value: Share = 0.0
+
+
+class Run(Section):
+    retries: int = Field(2, ge=0)
+    retry_delay_s: float = Field(10, ge=0)
+    stage_time_limit_min: float = Field(720, gt=0)
+    grace_s: float = Field(30, ge=0)
+
+
+class Schedule(Section):
+    retrain: str | None = None
+    timezone: str = "UTC"
+
+
+class Versioning(Section):
+    remote: str = ".ringmo/remote"
+    endpoint: str | None = None
+
+
+class Services(Section):
+    mlflow_port: int = Field(5000, ge=1, le=65535)
+    prefect_port: int = Field(4200, ge=1, le=65535)
+
+
+class Config(Section):
+    """The whole of params.yaml. Field docs live there, beside the values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(alias="schema")
+    tasks: list[Literal["scene"]]
+    ingest: Ingest
+    sensors: dict[str, Sensor]
+    split: Split
+    validate_: Validate = Field(alias="validate")
+    select: Select
+    model: Model
+    pretrain: Pretrain
+    finetune: dict[Literal["scene"], Finetune]
+    evaluate: Evaluate
+    gate: dict[Literal["scene"], Gate]
+    run: Run
+    schedule: Schedule
+    versioning: Versioning
+    services: Services
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.select.sensor not in self.sensors:
+            raise ValueError(
+                f"select.sensor: `{self.select.sensor}` is not among sensors "
+                f"({', '.join(self.sensors)})"
+            )
+        for task in self.tasks:
+            if task not in self.finetune or task not in self.gate:
+                raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
+        if self.model.image_size % self.pretrain.mask_patch_size:
+            raise ValueError(
+                f"pretrain.mask_patch_size: {self.pretrain.mask_patch_size} does not divide "
+                f"model.image_size ({self.model.image_size})"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read and check params.yaml.
+
+        Raises:
+            BadInput: one line naming the file, the key, and for a misspelt key the nearest one.
+        """
+        return cls.check(read_yaml(path), str(path))
+
+    @classmethod
+    def check(cls, values: Any, where: str) -> "Config":
+        if not isinstance(values, dict):
+            raise BadInput(f"{where}: expected sections with values, found {values!r}")
+        if values.get("schema") != SCHEMA:
+            raise BadInput(
+                f"{where}: schema: this version reads {SCHEMA}, found {values.get('schema')!r}"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise BadInput(f"{where}: {_first_line(error)}") from None
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        names = _sibling_names(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(names)}"
+        return f"{key}: no such key; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    found = "" if isinstance(given, dict) or first["type"] == "missing" else f", found {given!r}"
+    return f"{key}: {message}{found}{more}" if key else f"{message}{more}"
+
+
+def _sibling_names(loc: tuple[int | str, ...]) -> list[str]:
+    """Keys that would have been right where `loc` is wrong."""
+    model: Any = Config
+    for part in loc[:-1]:
+        by_name = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
+        if part in by_name:
+            annotation = by_name[str(part)].annotation
+            values = getattr(annotation, "__args__", ())
+            model = values[-1] if values and isinstance(values[-1], type) else annotation
+    fields = getattr(model, "model_fields", {})
+    return [field.alias or name for name, field in fields.items()]
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain values.
+
+    Raises:
+        BadInput: missing, or not YAML (with the line).
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise BadInput(f"{path}, line {line}: not YAML: {error.problem}") from None
+
+
+def edit(path: Path, changes: dict[str, Any]) -> None:
+    """Write values at dotted keys of params.yaml, keeping its comments; nothing if one is wrong.
+
+    Raises:
+        BadInput: an unknown key or a value out of range; the file is left as it was.
+    """
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    document = yaml.load(path)
+    for key, value in changes.items():
+        place = document
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                raise BadInput(f"{path}: {key}: no such section `{parent}`")
+            place = place[parent]
+        place[last] = value
+    text = StringIO()
+    yaml.dump(document, text)
+    Config.check(YAML(typ="safe", pure=True).load(text.getvalue()), str(path))
+    if text.getvalue() != path.read_text():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text.getvalue())
+        temporary.replace(path)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`pretrain.epochs=40` as key and value, the value read as YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {text}: expected key=value")
+    try:
+        return key, YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise BadInput(f"--set {text}: the value is not YAML") from None
+
+
+def digest(*values: Any) -> str:
+    """A stable hash of plain values and models: a training's fingerprint, a parameters' digest."""
+
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+    text = json.dumps([plain(value) for value in values], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

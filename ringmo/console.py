@@ -1,0 +1,81 @@
+"""What people see: tables on standard output, progress and notes on standard error."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+quiet = False
+as_json = False
+
+
+def note(text: str) -> None:
+    """A line for people, on standard error; silent with --quiet."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def result(value: dict[str, Any], text: str) -> None:
+    """A command's result: one JSON object with --json, else text for people."""
+    print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str] | None = None) -> str:
+    """Plain aligned columns: readable in a log, a mail and a terminal alike."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    if header:
+        texts = [list(header), ["-" * len(name) for name in header], *texts]
+    if not texts:
+        return ""
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
+    )
+
+
+class Progress:
+    """A bar with the time left on a terminal; a line every `every_s` seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, every_s: float = 30.0) -> None:
+        self.label, self.total, self.every_s = label, total, every_s
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, by: int = 1, detail: str = "") -> None:
+        self.to(self.done + by, detail)
+
+    def to(self, done: int, detail: str = "") -> None:
+        """Progress is at `done` of the total."""
+        self.done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=f"{self.label} {detail}")
+        elif not quiet and time.monotonic() - self.last_line >= self.every_s and self.total:
+            self.last_line = time.monotonic()
+            elapsed = self.last_line - self.started
+            left = elapsed / max(done, 1) * (self.total - done)
+            note(f"{self.label}: {done}/{self.total} ({left:.0f} s left) {detail}".rstrip())
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Progress]:
+    """`with progress("ingest", n) as bar: bar.advance()`."""
+    with Progress(label, total) as bar:
+        yield bar

@@ -1,0 +1,127 @@
+"""What every stage has in common: outputs that appear whole or not at all, and a report."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ringmo.errors import BadInput, RingmoError
+from ringmo.workspace import Workspace
+
+# Code counts as an input: raise a stage's number when its results change for the same inputs.
+# `ringmo` writes them to the workspace's revisions.yaml, which dvc.yaml lists among the parameters.
+REVISIONS = {"validate": 1, "select": 1, "pretrain": 1, "finetune": 1, "evaluate": 1}
+
+
+@dataclass
+class Report:
+    """What a stage did.
+
+    figures: numbers and short texts, flat, by name. tables: name → rows of equal keys.
+    run_dir: the training's run folder, relative to the workspace, where there is one.
+    """
+
+    stage: str
+    ok: bool = True
+    figures: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    run_dir: str | None = None
+    seconds: float = 0.0
+    exit_code: int = 0
+    reason: str | None = None
+    retry: bool = False
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "Report | None":
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes `target`'s place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def run_stage(workspace: Workspace, stage: str, function: Callable[[Path], Report]) -> Report:
+    """Run `function(out)`, where `out` becomes the stage's output folder if it succeeds.
+
+    The report is written to the workspace's state in every case, so that whoever started the
+    stage can tell a refusal from a crash. An AnswerIsNo keeps the outputs: they hold the reasons.
+    """
+    started = time.monotonic()
+    report_file = workspace.report_file(stage)
+    report_file.unlink(missing_ok=True)
+    refusal: RingmoError | None = None
+    try:
+        with whole_folder(workspace.work(stage)) as out:
+            try:
+                report = function(out)
+            except RingmoError as error:
+                if error.exit_code != 1:
+                    raise
+                refusal = error
+                report = Report(stage, ok=False, exit_code=1, reason=str(error))
+            report.seconds = round(time.monotonic() - started, 2)
+            report.write(out / "report.json")
+    except OSError as error:
+        # No space left, a folder that may not be written: the user can mend these.
+        failure = BadInput(f"{stage}: {error.strerror}: {error.filename or workspace.root}")
+        _write_failure(report_file, stage, failure, started)
+        raise failure from error
+    except RingmoError as error:
+        _write_failure(report_file, stage, error, started)
+        raise
+    report.write(report_file)
+    if refusal is not None:
+        raise refusal
+    return report
+
+
+def _write_failure(path: Path, stage: str, error: RingmoError, started: float) -> None:
+    with contextlib.suppress(OSError):
+        Report(
+            stage,
+            ok=False,
+            exit_code=error.exit_code,
+            reason=str(error),
+            retry=error.retry,
+            seconds=round(time.monotonic() - started, 2),
+        ).write(path)
+
+
+def announce(workspace: Workspace, stage: str, run_dir: Path) -> None:
+    """Say, while a training runs, where its figures appear, so that they can be followed live."""
+    write_json(
+        workspace.state / "running" / f"{stage.replace('@', '-')}.json",
+        {"stage": stage, "run_dir": str(run_dir.relative_to(workspace.root)), "pid": os.getpid()},
+    )

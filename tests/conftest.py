@@ -1,0 +1,56 @@
+"""Workspaces of their own for tests, and nothing that reaches outside the machine."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before anything imports them: no telemetry, and no state in the home folder.
+os.environ.update(
+    DO_NOT_TRACK="true",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    DVC_NO_ANALYTICS="1",
+    HF_HUB_OFFLINE="1",
+)
+
+REPOSITORY = Path(__file__).parents[1]
+REAL = REPOSITORY.parent / "shared" / "data"
+
+# A chain of seconds: a model that fits a test, not one that learns much.
+TINY = {
+    "model.image_size": 32,
+    "model.embed_dim": 16,
+    "model.depths": [1, 1],
+    "model.num_heads": [2, 4],
+    "model.window_size": 4,
+    "pretrain.mask_patch_size": 8,
+    "pretrain.epochs": 2,
+    "pretrain.warmup_epochs": 1,
+    "pretrain.batch_size": 16,
+    "finetune.scene.epochs": 2,
+    "finetune.scene.warmup_epochs": 1,
+    "finetune.scene.batch_size": 16,
+    "run.retry_delay_s": 0,
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Any:
+    """A fresh workspace with tiny parameters."""
+    from ringmo import config
+    from ringmo.workspace import init
+
+    made = init(tmp_path / "workspace")
+    config.edit(made.params_file, TINY)
+    return made
+
+
+@pytest.fixture(scope="session")
+def aid() -> Path:
+    """Real aerial scenes in class folders, where this machine has them."""
+    folder = REAL / "scene" / "aid"
+    if not folder.is_dir():
+        pytest.skip("no real imagery beside the checkout")
+    return folder
