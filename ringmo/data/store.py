@@ -1,0 +1,269 @@
+"""The tile store: WebDataset tar shards and manifest.parquet, one row a tile.
+
+Any tile is one `pread` away; any tool that reads tar and Parquet reads the store. Shards are
+written once and never touched again; the manifest is replaced last, as a whole, so that a store
+is always the one before an ingest or the one after it.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringmo.errors import BadInput
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+SCHEMA = 1
+SCHEMA_KEY = b"ringmo.schema"
+MANIFEST = "manifest.parquet"
+QUARANTINE = "quarantine.parquet"
+HISTORY = "history.json"
+
+# Column → Arrow type. Text that may be missing is null (NaN in pandas).
+COLUMNS = {
+    "key": "string",  # 16 hex digits, from the source's bytes and the window
+    "shard": "string",
+    "member": "string",
+    "offset": "int64",  # of the member's bytes in the shard
+    "size": "int64",  # bytes
+    "source": "string",  # path below its source root, posix
+    "source_root": "string",  # as ingest.sources gives it
+    "row": "int32",  # window offset in the source, pixels
+    "col": "int32",
+    "width": "int32",  # pixels
+    "height": "int32",
+    "sensor": "string",
+    "bands": "int32",
+    "dtype": "string",
+    "crs": "string",
+    "minx": "float64",  # footprint, in crs
+    "miny": "float64",
+    "maxx": "float64",
+    "maxy": "float64",
+    "gsd_m": "float64",  # ground sampling distance, metres
+    "acquired": "string",  # ISO date and time
+    "nodata_share": "float64",
+    "saturated_share": "float64",  # 0 or 255 in every band
+    "mean": "float64",
+    "std": "float64",
+    "entropy": "float64",  # bits, of the grey histogram
+    "sharpness": "float64",  # variance of the Laplacian
+    "content_hash": "string",  # sha256 of the stored bytes
+    "phash": "string",  # 64-bit perceptual hash, 16 hex digits
+    "place": "string",
+    "split": "string",  # train, val, test or unused
+    "label": "string",
+    "generated": "bool_",
+    "ingest": "int32",  # ordinal of the ingest that added the tile
+}
+
+
+def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
+    """Arrow schema of `columns`, carrying the schema version."""
+    import pyarrow as pa
+
+    fields = [pa.field(name, getattr(pa, form)()) for name, form in columns.items()]
+    return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA).encode()})
+
+
+def write_table(
+    path: Path, rows: Any, columns: dict[str, str], facts: dict[str, int] | None = None
+) -> None:
+    """Rows (dicts, or a DataFrame) to Parquet: whole or not at all, and the same bytes again.
+
+    Pages carry checksums, so that a flipped bit is an error when the file is read. `facts` go
+    into the metadata under the prefix `ringmo.`.
+    """
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(columns)
+    if isinstance(rows, pd.DataFrame):
+        table = pa.Table.from_pandas(rows[list(columns)], schema=schema, preserve_index=False)
+        table = table.replace_schema_metadata(schema.metadata)
+    else:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    for name, value in sorted((facts or {}).items()):
+        metadata = {**table.schema.metadata, f"ringmo.{name}".encode(): str(value).encode()}
+        table = table.replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.DataFrame":
+    """A table that `write_table` wrote.
+
+    Raises:
+        BadInput: missing, damaged, or of another schema; ends in `remedy`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: {remedy}") from None
+    except (OSError, pa.ArrowException) as error:
+        what = str(error).split("\n")[0][:120]
+        raise BadInput(f"{path} is damaged ({what}): {remedy}") from None
+    version = (table.schema.metadata or {}).get(SCHEMA_KEY, b"none").decode()
+    if version != str(SCHEMA):
+        raise BadInput(f"{path} has schema {version}, this version reads {SCHEMA}: {remedy}")
+    if not table.schema.equals(arrow_schema(columns), check_metadata=False):
+        different = sorted(set(table.schema.names) ^ set(columns)) or "types"
+        raise BadInput(f"{path} has other columns ({different}): {remedy}")
+    frame: pandas.DataFrame = table.to_pandas()
+    return frame
+
+
+def read_facts(path: Path) -> dict[str, int]:
+    """The numbers that `write_table` put into the metadata."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(path).metadata or {}
+    prefix = b"ringmo."
+    return {
+        name.removeprefix(prefix).decode(): int(value)
+        for name, value in metadata.items()
+        if name.startswith(prefix)
+    }
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class TileStore:
+    """Reads a tile store. Threads and forked processes may share one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def manifest(self) -> "pandas.DataFrame":
+        """One row a tile (`COLUMNS`); missing text is NaN.
+
+        Raises:
+            BadInput: no manifest, a damaged one, or one of another schema.
+        """
+        remedy = "run `ringmo ingest`, or `dvc checkout` for the version before"
+        return read_table(self.root / MANIFEST, COLUMNS, remedy)
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """The bytes of one tile.
+
+        Raises:
+            BadInput: the shard is missing or too short.
+        """
+        data = os.pread(self._open(shard), size, offset)
+        if len(data) != size:
+            raise BadInput(
+                f"{self.root / shard} ends before byte {offset + size}: "
+                f"run `dvc checkout` to bring the shard back"
+            )
+        return data
+
+    def _open(self, shard: str) -> int:
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._files.get(shard)
+                if descriptor is None:
+                    try:
+                        descriptor = os.open(self.root / shard, os.O_RDONLY | os.O_CLOEXEC)
+                    except OSError as error:
+                        raise BadInput(
+                            f"{self.root / shard}: {error.strerror}: "
+                            f"run `dvc checkout` to bring the shard back"
+                        ) from None
+                    self._files[shard] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+
+class ShardWriter:
+    """Appends tiles to new shards under temporary names; `commit` gives them their real ones.
+
+    Nothing in the tar depends on the machine or the hour. Numbers go on from the highest in the
+    folder, and a shard that is there is never opened.
+    """
+
+    def __init__(self, root: Path, first: int, shard_mb: float) -> None:
+        self.root, self.next, self.limit = root, first, int(shard_mb * 1e6)
+        self.written: list[tuple[Path, Path]] = []
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, member: str, data: bytes) -> tuple[str, int]:
+        """Shard name and offset of the bytes just appended."""
+        if self._tar is None or self._tar.offset >= self.limit:
+            self._finish()
+            final = self.root / f"tiles-{self.next:06d}.tar"
+            temporary = final.with_name(f".{final.name}.tmp")
+            self._tar = tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self.written.append((temporary, final))
+            self.next += 1
+        info = tarfile.TarInfo(member)
+        info.size, info.mode = len(data), 0o644
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(data))
+        return self.written[-1][1].name, offset
+
+    def _finish(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
+            with self.written[-1][0].open("rb") as file:
+                os.fsync(file.fileno())
+
+    def commit(self) -> list[str]:
+        """Real names for all shards; the manifest that mentions them comes after."""
+        self._finish()
+        for temporary, final in self.written:
+            temporary.replace(final)
+        if self.written:
+            sync_folder(self.root)
+        return [final.name for _, final in self.written]
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        if self._tar is not None:
+            self._tar.close()
+        for temporary, _ in self.written:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
