@@ -1,0 +1,66 @@
+"""The environment variables the platform reads: declared, typed and explained in this one place.
+
+Credentials are read by boto3 from the AWS variables; they are listed so that `ringmo doctor` and
+the docs can name them, and their values are never logged.
+"""
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable. `kind` is what its text is read as; `secret` values are never shown."""
+
+    name: str
+    kind: type
+    meaning: str
+    secret: bool = False
+
+    def read(self) -> str | None:
+        """The value, or None where it is unset or empty."""
+        return os.environ.get(self.name) or None
+
+
+WORKSPACE = Variable("RINGMO_WORKSPACE", str, "the workspace, where --workspace does not name one")
+TRACKING_URI = Variable(
+    "MLFLOW_TRACKING_URI", str, "MLflow's server; unset: the one of `ringmo up`, else SQLite"
+)
+PREFECT_API_URL = Variable(
+    "PREFECT_API_URL", str, "Prefect's server; unset: the one of `ringmo up`, else a temporary one"
+)
+
+VARIABLES = (
+    WORKSPACE,
+    TRACKING_URI,
+    PREFECT_API_URL,
+    Variable("MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"),
+    Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True),
+    Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", int, "seconds to wait for MLflow's answer (30)"),
+    Variable("MLFLOW_S3_ENDPOINT_URL", str, "S3-compatible store of MLflow's artifacts"),
+    Variable("AWS_ACCESS_KEY_ID", str, "S3: sources, DVC remote, artifacts"),
+    Variable("AWS_SECRET_ACCESS_KEY", str, "and its secret", secret=True),
+    Variable("AWS_SESSION_TOKEN", str, "and its session, where credentials expire", secret=True),
+    Variable("AWS_DEFAULT_REGION", str, "S3 region"),
+    Variable("AWS_ENDPOINT_URL", str, "address of an S3-compatible store; unset: Amazon's"),
+    Variable("AWS_PROFILE", str, "a profile of ~/.aws instead of keys"),
+)
+
+# Checked in the installed sources: MLflow wants the word "true", DVC any text.
+_QUIET = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "ITERATIVE_DO_NOT_TRACK": "1",
+    "DVC_STUDIO_OFFLINE": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def quiet_telemetry(env: MutableMapping[str, str]) -> dict[str, str]:
+    """`env` with every tool's telemetry off, except where the user has set a switch otherwise."""
+    return {**_QUIET, **env}
