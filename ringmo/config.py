@@ -78,7 +78,7 @@ class Model(Section):
     backbone: Literal["swin"] = "swin"
     stem: Literal["pi_conv", "patch"] = "pi_conv"
     image_size: int = Field(64, ge=16)
-    patch_size: Literal[4, 16] = 4
+    patch_size: Literal[4, 8, 16] = 4
     embed_dim: int = Field(48, ge=8)
     depths: list[Positive] = Field(min_length=1, max_length=4)
     num_heads: list[Positive] = Field(min_length=1, max_length=4)
@@ -279,19 +279,48 @@ def read_yaml(path: Path) -> Any:
         raise BadInput(f"{path}, line {line}: not YAML: {error.problem}") from None
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def edited(path: Path, changes: dict[str, Any]) -> Config:
+    """The configuration that `edit` would leave, without writing it."""
+    return _edited(path, changes)[0]
+
+
 def edit(path: Path, changes: dict[str, Any]) -> None:
     """Write values at dotted keys of params.yaml, keeping its comments; nothing if one is wrong.
 
     Raises:
         BadInput: an unknown key or a value out of range; the file is left as it was.
     """
+    _, text = _edited(path, changes)
+    if text != path.read_text():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+def _edited(path: Path, changes: dict[str, Any]) -> tuple[Config, str]:
     from io import StringIO
 
     from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedSeq
 
+    read_yaml(path)  # one line for what is not YAML
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
+    yaml.representer.add_representer(
+        type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     document = yaml.load(path)
     for key, value in changes.items():
         place = document
@@ -300,14 +329,14 @@ def edit(path: Path, changes: dict[str, Any]) -> None:
             if not isinstance(place.get(parent), dict):
                 raise BadInput(f"{path}: {key}: no such section `{parent}`")
             place = place[parent]
+        if isinstance(value, list):
+            value = CommentedSeq(value)
+            value.fa.set_flow_style()
         place[last] = value
-    text = StringIO()
-    yaml.dump(document, text)
-    Config.check(YAML(typ="safe", pure=True).load(text.getvalue()), str(path))
-    if text.getvalue() != path.read_text():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text.getvalue())
-        temporary.replace(path)
+    stream = StringIO()
+    yaml.dump(document, stream)
+    text = stream.getvalue()
+    return Config.check(YAML(typ="safe", pure=True).load(text), str(path)), text
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -53,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    temporary.replace(target)
 
 
 def run_stage(workspace: Workspace, stage: str, function: Callable[[Path], Report]) -> Report:

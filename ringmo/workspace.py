@@ -78,7 +78,7 @@ class Workspace:
 
 
 def template(name: str) -> Path:
-    """A file every workspace starts from: beside the code in a checkout, inside an installed package."""
+    """A file every workspace starts from: in a checkout, or inside an installed package."""
     package = Path(__file__).parent
     for place in (package / "template", package.parent):
         if (place / name).exists():

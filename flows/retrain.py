@@ -1,0 +1,89 @@
+"""The retraining chain: new imagery in at one end, the better model in production at the other."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+
+from flows.stages import StageFailed, as_task, command
+from ringmo import chain
+from ringmo.config import Config
+from ringmo.data import versions
+from ringmo.registry import tracker
+from ringmo.workspace import Workspace
+
+
+@flow(name="retrain", description=__doc__, persist_result=False)
+def retrain(workspace: str, reason: str = "by hand") -> Any:
+    """Ingest, every stage of dvc.yaml that changed, register, gate, promote, push.
+
+    Args:
+        workspace: the workspace's folder on the worker's machine.
+        reason: why it runs; kept with the models it makes.
+    """
+    place = Workspace.find(workspace)
+    config = Config.load(place.params_file)
+    versions.sync_revisions(place)
+    tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
+    tracker.forward_all(place)
+    try:
+        summary = _chain(config, place, tags)
+    except StageFailed as error:
+        return Failed(message=error.reason, data=error)
+    create_markdown_artifact(
+        key="summary", markdown=chain.summary_markdown(summary), description="What came out"
+    )
+    return Completed(name=summary["outcome"], message=summary["headline"], data=summary)
+
+
+def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, Any]:
+    root = str(place.root)
+    cached: dict[str, bool] = {}
+    world = _end(config, "ingest", "New imagery into the tile store")
+    ingested = world(root, "ingest", ["ingest"])
+    tags = tags | {"data_version": ingested["figures"]["data_version"]}
+
+    changes = versions.changed(place)
+    for stage in versions.stages(place):
+        if not _wanted(place, stage.name):
+            continue
+        why = list(changes.get(stage.name, []))
+        if not why and any(not cached.get(name, True) for name in stage.upstream):
+            why = ["a stage before it ran"]
+        state: Any = as_task(config, stage.name, stage.desc)(
+            root, stage.name, why, tags, return_state=True
+        )
+        if state.is_failed() or state.is_crashed() or state.is_cancelled():
+            error = state.result(raise_on_failure=False)
+            raise error if isinstance(error, BaseException) else StageFailed(str(error), 3, True)
+        cached[stage.name] = state.name == "Cached"
+
+    for task in ("encoder", *(config.tasks if chain.labelled(place) else [])):
+        if chain.registered(config, place, task):
+            continue
+        end = _end(config, f"register-{task}", "A version in the registry, the gate, production")
+        end(root, f"register@{task}", ["register", task, "--flow-run", tags["flow_run"]])
+        cached[f"register@{task}"] = False
+    chain.push(config, place)
+    return chain.summary(config, place, cached)
+
+
+def _end(config: Config, name: str, description: str) -> Any:
+    from flows.stages import worth_a_retry
+
+    return command.with_options(
+        name=name,
+        description=description,
+        task_run_name=name,
+        retries=config.run.retries,
+        retry_delay_seconds=config.run.retry_delay_s,
+        retry_condition_fn=worth_a_retry,
+        timeout_seconds=config.run.stage_time_limit_min * 60,
+    )
+
+
+def _wanted(place: Workspace, stage: str) -> bool:
+    """Without labels the chain ends after the encoder."""
+    return "@" not in stage or chain.labelled(place)

@@ -1,0 +1,135 @@
+"""A stage of the chain as a Prefect task: retried, limited in time, linked to its MLflow run."""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task
+from ringmo.registry.tracker import Forwarder
+
+from ringmo import console, services
+from ringmo.config import Config
+from ringmo.data import versions
+from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
+from ringmo.process_group import run_group
+from ringmo.stage import Report
+from ringmo.workspace import Workspace
+
+
+class StageFailed(Exception):
+    """A stage ended badly. `retry`: whether doing it again can help; `exit_code`: what to tell."""
+
+    def __init__(self, reason: str, exit_code: int, retry: bool) -> None:
+        super().__init__(reason)
+        self.reason, self.exit_code, self.retry = reason, exit_code, retry
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.exit_code, self.retry)
+
+
+def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """A crash is retried; a refusal or bad input would only be refused again."""
+    error = state.result(raise_on_failure=False)
+    return error.retry if isinstance(error, StageFailed) else True
+
+
+def as_task(config: Config, name: str, description: str = "") -> Task[..., Any]:
+    """The Prefect task of a stage, by the stage's name in dvc.yaml."""
+    return execute.with_options(
+        name=name,
+        description=description,
+        task_run_name=name,
+        retries=config.run.retries,
+        retry_delay_seconds=config.run.retry_delay_s,
+        retry_condition_fn=worth_a_retry,
+        timeout_seconds=config.run.stage_time_limit_min * 60,
+    )
+
+
+@task(cache_policy=NO_CACHE, log_prints=False)
+def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, str]) -> Any:
+    """Run one stage if it changed, and follow it. Returns its report as a dict.
+
+    changed: why it must run (DVC's words), empty when nothing did.
+    """
+    workspace = Workspace.find(workspace_root)
+    config = Config.load(workspace.params_file)
+    if not changed:
+        report = Report.read(workspace.work(name) / "report.json")
+        return Completed(
+            name="Cached", message="unchanged", data=asdict(report) if report else None
+        )
+    console.note(f"\n── {name}")
+    workspace.report_file(name).unlink(missing_ok=True)
+    command = versions.repro_command(workspace, name)
+    with Forwarder(workspace, name, tags) as forwarder:
+        status = run_group(
+            command, workspace.root, services.environment(workspace), config.run.grace_s
+        )
+        report = Report.read(workspace.report_file(name))
+        if report is None and status == 0:
+            # DVC found, after all, that nothing it depends on changed.
+            report = Report.read(workspace.work(name) / "report.json")
+            return Completed(
+                name="Cached", message="unchanged", data=asdict(report) if report else None
+            )
+        if report is not None:
+            forwarder.finish(report, workspace.work(name))
+    if forwarder.url:
+        create_link_artifact(
+            link=forwarder.url,
+            link_text=f"{name} in MLflow",
+            key=f"mlflow-{name.replace('@', '-')}",
+            description=f"Figures and pictures of {name}",
+        )
+    return _checked(name, report, status)
+
+
+@task(cache_policy=NO_CACHE)
+def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
+    """Run one of the chain's two ends, a `ringmo` command of its own, apart. Returns its report."""
+    workspace = Workspace.find(workspace_root)
+    config = Config.load(workspace.params_file)
+    console.note(f"\n── {name}")
+    workspace.report_file(name).unlink(missing_ok=True)
+    status = run_group(
+        [sys.executable, "-m", "ringmo", *arguments, "--json", "--workspace", workspace_root],
+        workspace.root,
+        services.environment(workspace),
+        config.run.grace_s,
+    )
+    report = Report.read(workspace.report_file(name))
+    checked = _checked(name, report, status, allowed=(0, 1))
+    if reasons := checked["figures"].get("verdict_reasons"):
+        create_markdown_artifact(
+            key=f"verdict-{name.replace('@', '-')}",
+            markdown="\n".join(f"- {reason}" for reason in reasons),
+            description=f"The gate's verdict: {checked['figures'].get('verdict')}",
+        )
+    return checked
+
+
+def _checked(
+    name: str, report: Report | None, status: int, allowed: tuple[int, ...] = (0,)
+) -> dict[str, Any]:
+    if report is None:
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        raise StageFailed(f"{name} ended without a report ({how})", 3, retry=True)
+    if report.exit_code not in allowed:
+        raise StageFailed(report.reason or f"{name} failed", report.exit_code, report.retry)
+    return asdict(report)
+
+
+def as_ringmo_error(error: BaseException) -> RingmoError:
+    """The error that the command line speaks, for one that came out of a flow."""
+    if isinstance(error, StageFailed):
+        kinds = {1: AnswerIsNo, 3: Unreachable}
+        return kinds.get(error.exit_code, BadInput)(error.reason)
+    if isinstance(error, RingmoError):
+        return error
+    return Unreachable(f"the flow ended early: {type(error).__name__}: {error}")

@@ -1,0 +1,278 @@
+"""The whole chain from the command line's side: the plan, the run through Prefect, its summary."""
+
+import hashlib
+import json
+import os
+import time
+from typing import Any
+
+from ringmo import console
+from ringmo.config import Config, digest
+from ringmo.errors import RingmoError
+from ringmo.stage import Report
+from ringmo.workspace import Workspace
+
+
+def plan(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
+    """Each stage and why it would run (an empty list: it would not). Imagery is not looked at."""
+    from ringmo.data import versions
+
+    changes = versions.changed(workspace)
+    rows: list[dict[str, Any]] = []
+    runs: set[str] = set()
+    for stage in versions.stages(workspace):
+        why = list(changes.get(stage.name, []))
+        why += [f"after {name}" for name in stage.upstream if name in runs]
+        if why:
+            runs.add(stage.name)
+        rows.append({"stage": stage.name, "does": stage.desc, "why": why})
+    return rows
+
+
+def plan_text(rows: list[dict[str, Any]]) -> str:
+    lines = [("ingest", "looks for new imagery", "always")]
+    lines += [(row["stage"], row["does"], "; ".join(row["why"][:2]) or "unchanged") for row in rows]
+    return console.table(lines, ("stage", "does", "would run because"))
+
+
+def run(config: Config, workspace: Workspace) -> dict[str, Any]:
+    """Start what is needed, run the retraining flow in this process, and return its summary.
+
+    Raises:
+        RingmoError: with the exit code of what went wrong.
+    """
+    from ringmo import services
+
+    started = time.monotonic()
+    _check_sources(config)
+    services.up(config, workspace)
+    os.environ.update(services.environment(workspace))
+    # Prefect's own lines go to its server; people get the stages' own progress.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    console.note("retraining: follow it at " + (services.status(workspace)["prefect"]["url"] or ""))
+
+    from flows.retrain import retrain
+    from flows.stages import as_ringmo_error
+
+    state: Any = retrain(str(workspace.root), return_state=True)
+    outcome = state.result(raise_on_failure=False)
+    if isinstance(outcome, BaseException):
+        raise as_ringmo_error(outcome) from outcome
+    if not isinstance(outcome, dict):
+        raise RingmoError(f"the flow ended as {state.name}: {state.message}")
+    outcome["minutes"] = round((time.monotonic() - started) / 60, 2)
+    return outcome
+
+
+def _check_sources(config: Config) -> None:
+    """What ingest would refuse anyway, said before any server is started."""
+    from pathlib import Path
+
+    from ringmo.errors import BadInput
+
+    for source in config.ingest.sources:
+        if source != "generated" and not Path(source).is_dir():
+            raise BadInput(f"{source}: no such folder (ingest.sources in params.yaml)")
+
+
+def labelled(workspace: Workspace) -> bool:
+    """Whether the selection has labels; without, the chain ends after the encoder."""
+    report = Report.read(workspace.work("select") / "report.json")
+    return bool(report and report.figures.get("labelled"))
+
+
+def register(
+    config: Config, workspace: Workspace, task: str, flow_run: str | None = None
+) -> Report:
+    """Register a model, judge it, and promote it if the gate lets it pass. Done twice is done once.
+
+    A version is promoted by itself at most once: what a person rolled back stays rolled back.
+    Without labels the encoder is promoted by itself; with labels it follows its task model.
+    """
+    from ringmo.registry import gate, promotion, register
+
+    started = time.monotonic()
+    tags = {"flow_run": flow_run or ""}
+    version = register.register(config, workspace, task, tags)
+    verdict = gate.gate(config, workspace, task, version)
+    moved = any(row.get("to") == version.version for row in promotion.history(workspace, task))
+    promoted = False
+    if verdict.ok and not moved:
+        promotion.promote(
+            workspace, task, version.version, by="gate", reason="; ".join(verdict.reasons)
+        )
+        promoted = True
+    report = Report(
+        f"register@{task}",
+        figures={
+            "model": f"{task}/{version.version}",
+            "verdict": "passed" if verdict.ok else "refused",
+            "verdict_reasons": verdict.reasons,
+            "promoted": promoted,
+            **verdict.figures,
+        },
+        run_dir=None,
+        seconds=round(time.monotonic() - started, 2),
+        exit_code=0 if verdict.ok else 1,
+        ok=verdict.ok,
+    )
+    report.figures["key"] = _registration_key(config, workspace, task)
+    report.write(workspace.report_file(report.stage))
+    return report
+
+
+def registered(config: Config, workspace: Workspace, task: str) -> bool:
+    """Whether just this model went through registration and gate under just these rules before."""
+    report = Report.read(workspace.report_file(f"register@{task}"))
+    return bool(report and report.figures.get("key") == _registration_key(config, workspace, task))
+
+
+def _registration_key(config: Config, workspace: Workspace, task: str) -> str:
+    lock = workspace.root / "dvc.lock"
+    return digest(
+        task,
+        lock.read_text() if lock.exists() else "",
+        config.gate,
+        os.environ.get("MLFLOW_TRACKING_URI", ""),
+    )
+
+
+def push(config: Config, workspace: Workspace) -> None:
+    """Data and outputs to the DVC remote, unless just these are there already."""
+    from ringmo.data import versions
+
+    names = ("dvc.lock", "data/store.dvc")
+    text = "".join((workspace.root / n).read_text() for n in names if (workspace.root / n).exists())
+    key = hashlib.sha256((text + repr(config.versioning)).encode()).hexdigest()
+    marker = workspace.state / "pushed"
+    if not marker.exists() or marker.read_text() != key:
+        versions.push(workspace, config)
+        marker.write_text(key)
+
+
+def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> dict[str, Any]:
+    """What came out of a run, from the reports that its stages left."""
+    from ringmo import services
+    from ringmo.registry import lineage
+
+    def figures(stage: str) -> dict[str, Any]:
+        report = Report.read(workspace.work(stage) / "report.json")
+        return report.figures if report else {}
+
+    ingest = Report.read(workspace.report_file("ingest"))
+    running = services.status(workspace)
+    verdict = json.loads((workspace.work("validate") / "verdict.json").read_text())
+    result: dict[str, Any] = {
+        "data": (ingest.figures if ingest else {}),
+        "validation": {
+            "ok": verdict["ok"],
+            "rules": len(verdict["rules"]),
+            "docs": str(workspace.work("validate") / "docs"),
+        },
+        "pretrain": figures("pretrain"),
+        "tasks": {},
+        "stages": {name: "cached" if was else "done" for name, was in cached.items()},
+        "mlflow": running["mlflow"]["url"],
+        "prefect": running["prefect"]["url"],
+        "labelled": labelled(workspace),
+    }
+    exit_code = 0
+    for task in ("encoder", *(config.tasks if result["labelled"] else [])):
+        report = Report.read(workspace.report_file(f"register@{task}"))
+        made = report.figures if report else {}
+        champion = next(
+            (row for row in lineage.models(workspace, task) if "champion" in row["aliases"]), None
+        )
+        new = not cached.get(f"register@{task}", True)
+        if new and made.get("verdict") == "refused" and task != "encoder":
+            exit_code = 1
+        result["tasks"][task] = {
+            **figures(f"evaluate@{task}"),
+            **{k: v for k, v in made.items() if k != "key"},
+            "champion": f"{task}/{champion['version']}" if champion else None,
+        }
+    refused = exit_code == 1
+    everything_cached = all(cached.values()) if cached else False
+    result["outcome"] = "Refused" if refused else "Unchanged" if everything_cached else "Completed"
+    result["headline"] = (
+        "the gate refused the new model; the champion stays"
+        if refused
+        else "nothing changed, nothing was done"
+        if everything_cached
+        else "done"
+    )
+    result["exit_code"] = exit_code
+    return result
+
+
+def _percent(value: Any) -> str:
+    return "-" if value is None else f"{100 * float(value):.1f} %"
+
+
+def _interval(figures: dict[str, Any], name: str) -> str:
+    low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+    spread = "" if low is None or high is None else f"  (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    return _percent(figures.get(name)) + spread
+
+
+def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary as rows of name and text, for people."""
+    data, pretrain = result["data"], result["pretrain"]
+    made_up = (
+        "  GENERATED imagery: figures say nothing of real ones" if data.get("generated") else ""
+    )
+    rows = [
+        ("Data version", f"{data.get('data_version')}{made_up}"),
+        ("Tiles", f"{data.get('tiles')}, {data.get('set_aside', 0)} set aside"),
+    ]
+    for row in (data.get("set_aside_reasons") or {}).items():
+        rows.append(("", f"  {row[1]} × {row[0]}"))
+    checked = result["validation"]
+    rows.append(
+        ("Validation", f"{'passed' if checked['ok'] else 'FAILED'}, {checked['rules']} rules")
+    )
+    rows.append(("Pre-training loss", str(pretrain.get("val_loss", pretrain.get("loss", "-")))))
+    for task, figures in result["tasks"].items():
+        if task != "encoder":
+            rows += [
+                (f"Test accuracy, {task}", _interval(figures, "test_accuracy")),
+                ("  from scratch", _interval(figures, "scratch_accuracy")),
+                ("  histograms alone", _percent(figures.get("histogram_accuracy"))),
+                ("  champion before", _percent(figures.get("champion_accuracy"))),
+            ]
+        if figures.get("model"):
+            standing = "champion" if figures["champion"] == figures["model"] else "candidate"
+            rows.append(
+                (f"Model, {task}", f"{figures['model']} ({standing}; gate: {figures['verdict']})")
+            )
+            if figures["champion"] and standing != "champion":
+                rows.append(("  in production", f"{figures['champion']} (champion)"))
+            rows += [("", f"  {reason}") for reason in figures.get("verdict_reasons", [])]
+    if not result["labelled"]:
+        rows.append(
+            ("No labels", "the chain stopped after the encoder; folders named by class give labels")
+        )
+    if result.get("minutes") is not None:
+        rows.append(("Took", f"{result['minutes']:.1f} min, {result['headline']}"))
+    rows += [("MLflow", result["mlflow"] or "-"), ("Prefect", result["prefect"] or "-")]
+    return rows
+
+
+def summary_text(result: dict[str, Any]) -> str:
+    following = (
+        "Next: ringmo predict IMAGE --model scene@champion   or   ringmo lineage scene@champion\n"
+        if result["labelled"]
+        else "Next: put the images in folders named by class and run again\n"
+    )
+    return (
+        "\n"
+        + console.table(summary_rows(result))
+        + "\n\n"
+        + following
+        + "      ringmo models   ringmo rollback scene   ringmo down (ends the servers)"
+    )
+
+
+def summary_markdown(result: dict[str, Any]) -> str:
+    rows = [f"| {name} | {text.strip()} |" for name, text in summary_rows(result)]
+    return "\n".join(["| | |", "|---|---|", *rows])

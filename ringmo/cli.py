@@ -1,0 +1,417 @@
+"""The `ringmo` command: parses, calls one function, prints its report. Loads nothing heavy."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringmo import __version__, console
+from ringmo.errors import BadInput, RingmoError
+
+if TYPE_CHECKING:
+    from ringmo.config import Config
+    from ringmo.stage import Report
+    from ringmo.workspace import Workspace
+
+Arguments = argparse.Namespace
+TASKS = ("scene",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 no, 2 bad input, 3 nobody answered)."""
+    arguments = build_parser().parse_args(argv)
+    console.quiet, console.as_json = arguments.quiet, arguments.json
+    try:
+        return int(arguments.run(arguments) or 0)
+    except RingmoError as error:
+        if console.as_json:
+            console.result({"error": str(error), "exit_code": error.exit_code}, "")
+        else:
+            print(f"ringmo: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("ringmo: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    common.add_argument("--quiet", action="store_true", help="no progress, no notes")
+    common.add_argument("--workspace", metavar="DIR", help="the workspace; default: this folder")
+
+    parser = argparse.ArgumentParser(
+        prog="ringmo",
+        description="Train a remote-sensing foundation model on your imagery, fine-tune it, and "
+        "keep the better model in production.",
+    )
+    parser.add_argument("--version", action="version", version=f"ringmo {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+
+    def verb(
+        name: str, run: Callable[[Arguments], int | None], text: str, within: Any = None
+    ) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = (within or verbs).add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common]
+        )
+        added.set_defaults(run=run)
+        return added
+
+    def task_argument(added: argparse.ArgumentParser, *more: str) -> None:
+        added.add_argument("task", choices=(*TASKS, *more), metavar="TASK", help="e.g. scene")
+
+    run = verb("run", _run, "run the whole chain: new imagery in, the better model in production")
+    run.add_argument("--data", metavar="PATH", help="folder of imagery; class folders give labels")
+    run.add_argument("--recipe", metavar="NAME", help="write a named set of values to params.yaml")
+    run.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="set a value of params.yaml"
+    )
+    run.add_argument("--dry-run", action="store_true", help="say what would run, and why")
+
+    init = verb("init", _init, "make a workspace")
+    init.add_argument("dir", metavar="DIR")
+    verb("up", _up, "start the local MLflow and Prefect servers and a worker")
+    verb("down", _down, "end what `up` and `run` started")
+    verb("status", _status, "what runs where")
+    verb("deploy", _deploy, "create the scheduled flows of params.yaml in Prefect")
+
+    verb("ingest", _ingest, "read new imagery into the tile store and version it")
+    verb("validate", _validate, "check the data version against the rules")
+    verb("select", _select, "choose which tiles, splits and labels train")
+    verb("pretrain", _pretrain, "train the encoder by masked image modelling")
+    finetune = verb("finetune", _finetune, "train a task model from the encoder")
+    task_argument(finetune)
+    finetune.add_argument("--from-scratch", action="store_true", help="without the encoder")
+    task_argument(verb("evaluate", _evaluate, "measure a task model on the test tiles"))
+    register = verb("register", _register, "make the model a version in the registry, and judge it")
+    task_argument(register, "encoder")
+    register.add_argument("--flow-run", metavar="ID", help=argparse.SUPPRESS)
+
+    data = verbs.add_parser("data", help="the data's versions", description="The data's versions.")
+    data_verbs = data.add_subparsers(dest="data_verb", metavar="COMMAND", required=True)
+    verb("versions", _data_versions, "list data versions with tiles and classes", data_verbs)
+
+    models = verb("models", _models, "versions, aliases and figures of the registered models")
+    models.add_argument("task", nargs="?", choices=(*TASKS, "encoder"), metavar="TASK")
+    models.add_argument("--history", action="store_true", help="every promotion and rollback")
+    promote = verb("promote", _promote, "make a version the champion")
+    task_argument(promote, "encoder")
+    promote.add_argument("--model", metavar="REF", help="e.g. scene/7; default: the candidate")
+    promote.add_argument("--force", action="store_true", help="although the gate refused it")
+    rollback = verb("rollback", _rollback, "make the previous champion the champion again")
+    task_argument(rollback, "encoder")
+    for added in (promote, rollback):
+        added.add_argument("--by", metavar="NAME", help="who; default: the user of this machine")
+        added.add_argument("--reason", metavar="TEXT", default="", help="why")
+    lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
+    lineage.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
+
+    predict = verb("predict", _predict, "label images with a registered model")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    predict.add_argument("--model", metavar="REF", default="scene@champion")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="labels to show")
+    predict.add_argument("--out", metavar="DIR", help="write predictions.json there")
+    return parser
+
+
+def _open(arguments: Arguments) -> "tuple[Config, Workspace]":
+    from ringmo.config import Config
+    from ringmo.workspace import Workspace
+
+    workspace = Workspace.find(arguments.workspace)
+    return Config.load(workspace.params_file), workspace
+
+
+# The chain
+
+
+def _run(arguments: Arguments) -> int:
+    from ringmo import config as configuration
+    from ringmo.workspace import Workspace, template
+
+    workspace = Workspace.find(arguments.workspace)
+    changes: dict[str, Any] = {}
+    if arguments.recipe:
+        recipe = template("recipes") / f"{arguments.recipe}.yaml"
+        if not recipe.is_file():
+            known = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
+            raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
+        changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
+    changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
+    if arguments.data:
+        changes["ingest.sources"] = [_source(arguments.data)]
+    if changes and not arguments.dry_run:
+        configuration.edit(workspace.params_file, changes)
+
+    from ringmo import chain
+
+    if arguments.dry_run:
+        config = configuration.edited(workspace.params_file, changes)
+        plan = chain.plan(config, workspace)
+        console.result({"stages": plan}, chain.plan_text(plan))
+        return 0
+    summary = chain.run(configuration.Config.load(workspace.params_file), workspace)
+    console.result(summary, chain.summary_text(summary))
+    return int(summary["exit_code"])
+
+
+def _source(text: str) -> str:
+    """A source as params.yaml keeps it: absolute, so that it means the same from everywhere."""
+    if text == "generated":
+        return text
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise BadInput(f"{text}: no such folder; --data takes a folder of images")
+    return str(folder.resolve())
+
+
+# Services
+
+
+def _init(arguments: Arguments) -> None:
+    from ringmo.workspace import init
+
+    made = init(Path(arguments.dir))
+    console.result(
+        {"workspace": str(made.root)},
+        f"A workspace in {made.root}\nNext: cd {arguments.dir} && ringmo run --data FOLDER",
+    )
+
+
+def _up(arguments: Arguments) -> None:
+    from ringmo import services
+
+    config, workspace = _open(arguments)
+    running = services.up(config, workspace, worker=True)
+    console.result({"services": running}, services.status_text(running))
+
+
+def _down(arguments: Arguments) -> None:
+    from ringmo import services
+
+    _, workspace = _open(arguments)
+    ended = services.down(workspace)
+    console.result({"ended": ended}, f"Ended: {', '.join(ended)}" if ended else "Nothing was up.")
+
+
+def _status(arguments: Arguments) -> None:
+    from ringmo import services
+
+    _, workspace = _open(arguments)
+    running = services.status(workspace)
+    console.result({"services": running}, services.status_text(running))
+
+
+def _deploy(arguments: Arguments) -> None:
+    from ringmo import services
+
+    config, workspace = _open(arguments)
+    running = services.up(config, workspace, worker=True)
+    with services.prefect_environment(workspace):
+        from flows.deployment import deploy
+
+        rows = deploy(config, workspace)
+    text = console.table(
+        [(row["deployment"], row["schedule"] or "by hand", row["url"]) for row in rows],
+        ("deployment", "schedule", "where"),
+    )
+    console.result({"deployments": rows, "services": running}, text)
+
+
+# One step each
+
+
+def _print_report(report: "Report") -> int:
+    figures = [(name, value) for name, value in report.figures.items() if value not in (None, {})]
+    text = f"{report.stage}: done in {report.seconds:.1f} s\n{console.table(figures)}"
+    from dataclasses import asdict
+
+    console.result(asdict(report), text.rstrip())
+    return report.exit_code
+
+
+def _ingest(arguments: Arguments) -> int:
+    from ringmo.data import versions
+    from ringmo.data.ingest import ingest
+
+    config, workspace = _open(arguments)
+    report = ingest(config, workspace)
+    report.figures["data_version"] = versions.add_store(workspace, config)
+    report.write(workspace.report_file("ingest"))
+    return _print_report(report)
+
+
+def _stage(
+    arguments: Arguments,
+    name: str,
+    load: Callable[[], "Callable[..., Report]"],
+    **options: Any,
+) -> int:
+    from ringmo.stage import run_stage
+
+    config, workspace = _open(arguments)
+    return _print_report(
+        run_stage(workspace, name, lambda out: load()(config, workspace, out, **options))
+    )
+
+
+def _validate(arguments: Arguments) -> int:
+    def load() -> "Callable[..., Report]":
+        from ringmo.data.validation import validate
+
+        return validate
+
+    return _stage(arguments, "validate", load)
+
+
+def _select(arguments: Arguments) -> int:
+    def load() -> "Callable[..., Report]":
+        from ringmo.data.selection import select
+
+        return select
+
+    return _stage(arguments, "select", load)
+
+
+def _pretrain(arguments: Arguments) -> int:
+    def load() -> "Callable[..., Report]":
+        from ringmo.training.pretrain import pretrain
+
+        return pretrain
+
+    return _stage(arguments, "pretrain", load)
+
+
+def _finetune(arguments: Arguments) -> int:
+    def load() -> "Callable[..., Report]":
+        from ringmo.training.finetune import finetune
+
+        return finetune
+
+    name = f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}"
+    return _stage(arguments, name, load, task=arguments.task, from_scratch=arguments.from_scratch)
+
+
+def _evaluate(arguments: Arguments) -> int:
+    def load() -> "Callable[..., Report]":
+        from ringmo.evaluation.evaluate import evaluate
+
+        return evaluate
+
+    return _stage(arguments, f"evaluate@{arguments.task}", load, task=arguments.task)
+
+
+def _register(arguments: Arguments) -> int:
+    from ringmo import chain
+
+    config, workspace = _open(arguments)
+    return _print_report(chain.register(config, workspace, arguments.task, arguments.flow_run))
+
+
+# Data and models
+
+
+def _data_versions(arguments: Arguments) -> None:
+    from ringmo.data import versions
+
+    _, workspace = _open(arguments)
+    rows = versions.versions(workspace)
+    names = ("version", "time", "tiles", "classes", "labelled", "set_aside", "sources")
+    text = console.table(
+        [
+            [
+                ", ".join(row[name]) + (" (generated)" if row.get("generated") else "")
+                if name == "sources"
+                else row[name]
+                for name in names
+            ]
+            for row in rows
+        ],
+        [name.replace("_", " ") for name in names],
+    )
+    console.result({"versions": rows}, text if rows else "No data version yet. Next: ringmo ingest")
+
+
+def _models(arguments: Arguments) -> None:
+    from ringmo.registry import lineage, promotion
+
+    _, workspace = _open(arguments)
+    if arguments.history:
+        tasks = [arguments.task] if arguments.task else [*TASKS, "encoder"]
+        moves = [
+            {"model": task, **row} for task in tasks for row in promotion.history(workspace, task)
+        ]
+        names = ("model", "when", "what", "from", "to", "who", "why")
+        text = console.table([[row.get(name, "") for name in names] for row in moves], names)
+        console.result({"history": moves}, text if moves else "No promotion yet.")
+        return
+    rows = lineage.models(workspace, arguments.task)
+    console.result(
+        {"models": rows},
+        lineage.models_text(rows) if rows else "No model registered yet. Next: ringmo run",
+    )
+
+
+def _mover(arguments: Arguments) -> str:
+    import getpass
+
+    return arguments.by or getpass.getuser()
+
+
+def _promote(arguments: Arguments) -> None:
+    from ringmo.registry import lineage, promotion
+
+    _, workspace = _open(arguments)
+    version = None
+    if arguments.model:
+        resolved = lineage.resolve(workspace, arguments.model)
+        if resolved.model != arguments.task:
+            raise BadInput(f"--model {arguments.model} is no version of {arguments.task}")
+        version = resolved.version
+    moved = promotion.promote(
+        workspace,
+        arguments.task,
+        version,
+        by=_mover(arguments),
+        reason=arguments.reason,
+        force=arguments.force,
+    )
+    console.result(moved, promotion.move_text(moved))
+
+
+def _rollback(arguments: Arguments) -> None:
+    from ringmo.registry import promotion
+
+    _, workspace = _open(arguments)
+    moved = promotion.rollback(
+        workspace, arguments.task, by=_mover(arguments), reason=arguments.reason
+    )
+    console.result(moved, promotion.move_text(moved))
+
+
+def _lineage(arguments: Arguments) -> None:
+    from ringmo.registry import lineage
+
+    _, workspace = _open(arguments)
+    tree = lineage.lineage(workspace, arguments.ref)
+    console.result(tree, lineage.text(tree))
+
+
+def _predict(arguments: Arguments) -> int:
+    from ringmo.inference import predict
+
+    _, workspace = _open(arguments)
+    answers = predict.predict(
+        workspace,
+        arguments.images,
+        arguments.model,
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+    )
+    console.result({"predictions": answers}, predict.text(answers))
+    return 0 if any("label" in answer for answer in answers) else BadInput.exit_code

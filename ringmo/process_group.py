@@ -1,0 +1,52 @@
+"""Children in process groups of their own: ended politely, waited for, and never left behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+
+def run_group(command: list[str], cwd: Path, env: dict[str, str], grace_s: float) -> int:
+    """Run a command and wait for it and all it started; returns its exit status.
+
+    Whatever interrupts the wait (a cancelled run, a time limit, Ctrl-C) sends SIGTERM to the
+    group, waits until the group is empty, and kills what is left after `grace_s` seconds: DVC
+    itself dies at once on SIGTERM, the training it started saves its checkpoint first.
+    """
+    # Standard output is kept for results: a child's words are progress.
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+    )
+    try:
+        status = process.wait()
+    except BaseException:
+        end_group(process.pid, grace_s)
+        raise
+    end_group(process.pid, grace_s)
+    return status
+
+
+def end_group(group: int, grace_s: float) -> None:
+    """SIGTERM to a process group, SIGKILL after the grace period; returns when it is empty."""
+    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+        if not _members(group):
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+        limit = time.monotonic() + patience
+        while _members(group) and time.monotonic() < limit:
+            time.sleep(0.1)
+
+
+def _members(group: int) -> list[int]:
+    """Living processes of a group; dead ones that nobody has reaped do not count."""
+    import psutil
+
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+    return members
