@@ -78,7 +78,7 @@ def up(config: "Config", workspace: Workspace, *, worker: bool = False) -> dict[
 def down(workspace: Workspace) -> list[str]:
     """End the services that `up` or `run` started here; returns their names."""
     running = _alive(workspace)
-    order = [name for name in ("worker", "prefect", "mlflow") if name in running]
+    order: list[str] = [name for name in ("worker", "prefect", "mlflow") if name in running]
     for name in order:
         end_group(running[name]["pid"], GRACE_S)
     _record(workspace).unlink(missing_ok=True)

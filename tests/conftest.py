@@ -54,3 +54,12 @@ def aid() -> Path:
     if not folder.is_dir():
         pytest.skip("no real imagery beside the checkout")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A test that could not run has not passed: only missing real imagery excuses a skip."""
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if "no real imagery" not in reason:
+            terminalreporter.write_line(f"skipped, so failed: {report.nodeid}: {reason}", red=True)
+            terminalreporter._session.exitstatus = 1

@@ -1,0 +1,33 @@
+# make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
+# make down                end the local servers    make test-fast   unit tests only
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
+BIN := .venv/bin
+export DO_NOT_TRACK := true
+
+.PHONY: run test test-fast lint down clean-env
+.DELETE_ON_ERROR:
+
+run: .venv/ready
+	@$(BIN)/ringmo run $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+test: lint
+	@$(BIN)/pytest
+
+test-fast: .venv/ready
+	@$(BIN)/pytest -m "not slow"
+
+lint: .venv/ready
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ringmo flows
+
+down: .venv/ready
+	@$(BIN)/ringmo down
+
+# Built once; again only when what it is made from changes. uv installs in a fifth of pip's time.
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "ringmo needs Python 3.11 or 3.12: none found" >&2; exit 2; }
+	@echo "building the environment in .venv (some 6 GB, a few minutes the first time)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
+	  || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

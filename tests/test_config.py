@@ -1,0 +1,102 @@
+"""params.yaml: what is wrong is said in one line, and nothing is written when it is."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringmo import config
+from ringmo.config import Config
+from ringmo.errors import BadInput
+from ringmo.workspace import Workspace, init, template
+
+
+@pytest.fixture(scope="module")
+def values() -> Any:
+    return config.read_yaml(template("params.yaml"))
+
+
+def test_the_shipped_parameters_are_valid(values: Any) -> None:
+    assert Config.check(values, "params.yaml").tasks == ["scene"]
+
+
+@pytest.mark.parametrize("recipe", sorted(template("recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_fits_the_parameters(recipe: Path, tmp_path: Path) -> None:
+    made = init(tmp_path / "w")
+    config.edit(made.params_file, config.flatten(config.read_yaml(recipe) or {}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("pretrain.epoch", 3, "pretrain.epoch: no such key; did you mean `epochs`?"),
+        ("finetune.scene.mixupp", 1, "did you mean `mixup`?"),
+        ("selct", {}, "did you mean `select`?"),
+        ("pretrain.mask_ratio", 1.5, "pretrain.mask_ratio: Input should be less than or equal"),
+        ("pretrain.epochs", 0, "pretrain.epochs"),
+        ("pretrain.epochs", "many", "pretrain.epochs"),
+        ("model.image_size", 65, "image_size must be a multiple of"),
+        ("pretrain.mask_patch_size", 7, "mask_patch_size"),
+        ("select.sensor", "radar", "`radar` is not among sensors"),
+        ("split.test", 0.95, "leave less than a tenth"),
+        ("ingest.sources", [], "ingest.sources"),
+        ("schema", 9, "this version reads 1, found 9"),
+        ("services.mlflow_port", 70000, "services.mlflow_port"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(values: Any, key: str, value: Any, said: str) -> None:
+    changed = copy.deepcopy(values)
+    place = changed
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(BadInput) as refused:
+        Config.check(changed, "params.yaml")
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_editing_keeps_every_comment(workspace: Workspace) -> None:
+    before = workspace.params_file.read_text()
+    config.edit(workspace.params_file, {"pretrain.epochs": 33, "ingest.sources": ["/a b/ç"]})
+    after = workspace.params_file.read_text()
+    assert Config.load(workspace.params_file).pretrain.epochs == 33
+    assert [line.split("#")[1:] for line in before.splitlines()] == [
+        line.split("#")[1:] for line in after.splitlines()
+    ]
+
+
+def test_a_refused_edit_leaves_the_file_alone(workspace: Workspace) -> None:
+    before = workspace.params_file.read_bytes()
+    for changes in ({"pretrain.epochs": 3, "pretrain.mask_ratio": 7}, {"nowhere.x": 1}):
+        with pytest.raises(BadInput):
+            config.edit(workspace.params_file, changes)
+        assert workspace.params_file.read_bytes() == before
+
+
+def test_what_is_not_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    broken = tmp_path / "params.yaml"
+    broken.write_text("schema: 1\ntasks: [scene\nmodel: {}\n")
+    with pytest.raises(BadInput, match=r"params.yaml, line \d: not YAML"):
+        config.read_yaml(broken)
+
+
+def test_a_digest_tells_values_apart_and_nothing_else() -> None:
+    one = config.digest({"a": 1, "b": [1, 2]}, "x")
+    assert one == config.digest({"b": [1, 2], "a": 1}, "x")
+    assert one != config.digest({"a": 1, "b": [2, 1]}, "x")
+
+
+def test_a_workspace_is_made_once_and_found_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = init(tmp_path / "w")
+    with pytest.raises(BadInput, match="is a workspace already"):
+        init(tmp_path / "w")
+    monkeypatch.setenv("RINGMO_WORKSPACE", str(made.root))
+    assert Workspace.find().root == made.root
+    with pytest.raises(BadInput, match="is no workspace"):
+        Workspace.find(tmp_path)
