@@ -1,0 +1,61 @@
+"""PIMask, RingMo's patch incomplete masking: single pixels inside picked patches are hidden.
+
+Small, dense objects vanish when whole patches are masked; the pixels left keep a trace of them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pimask(
+    batch: int,
+    height: int,
+    width: int,
+    *,
+    mask_patch_size: int = 32,
+    mask_ratio: float = 0.6,
+    inside_ratio: float = 0.6,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One mask an image, the same for all bands; True = masked.
+
+    Of the image's patches ceil(mask_ratio · patches) are picked, and in each of them
+    ceil(inside_ratio · pixels) single pixels are masked, both uniformly without replacement.
+    `inside_ratio=1` masks whole patches: SimMIM's mask.
+
+    Args:
+        height, width: pixels, multiples of `mask_patch_size`.
+        generator: of the same device; with it the mask is a function of its seed.
+
+    Returns:
+        bool (batch, 1, height, width).
+
+    Raises:
+        ValueError: a size that the patches do not divide, or a ratio outside (0, 1].
+
+    Source: RingMo (Sun et al., TGRS 2022) and its open framework.
+    """
+    size = mask_patch_size
+    if size < 1 or height < 1 or width < 1 or height % size or width % size:
+        raise ValueError(f"{height}×{width} pixels cannot be cut into patches of {size}")
+    for name, ratio in (("mask_ratio", mask_ratio), ("inside_ratio", inside_ratio)):
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{name} must lie above 0 and be at most 1, found {ratio}")
+    rows, columns = height // size, width // size
+    patches, pixels = rows * columns, size * size
+
+    def exactly(ratio: float, *shape: int) -> Tensor:
+        """True in ceil(ratio · n) random places of the last dimension, of n."""
+        # 1e-9: 0.6 · 5 is a hair over 3 in binary, and ceil would make it 4.
+        count = math.ceil(ratio * shape[-1] - 1e-9)
+        draws = torch.rand(shape, generator=generator, device=device)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=device)
+        return chosen.scatter_(-1, draws.argsort(-1)[..., :count], True)
+
+    picked = exactly(mask_ratio, batch, patches)
+    inside = exactly(inside_ratio, batch, patches, pixels)
+    mask = (inside & picked[..., None]).view(batch, rows, columns, size, size)
+    return mask.permute(0, 1, 3, 2, 4).reshape(batch, 1, height, width)
