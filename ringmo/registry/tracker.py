@@ -706,6 +706,7 @@ class Forwarder:
     def __enter__(self) -> "Forwarder":
         self._before = self._announced()
         self.tags.setdefault("data_version", _data_version(self.workspace))
+        self.tags.setdefault(GENERATED, _made_up(self.workspace))
         self._thread.start()
         return self
 
@@ -790,10 +791,9 @@ class Forwarder:
 
 
 def forward_all(workspace: Workspace) -> int:
-    """Send everything that waits from earlier executions; returns how many runs were completed.
+    """Send what waits from earlier executions; returns how many runs are complete now.
 
-    Raises:
-        Unreachable: MLflow does not answer; everything goes on waiting.
+    Where MLflow does not answer, a note says so and everything goes on waiting.
     """
     waiting = []
     for pattern in ("runs/*/mlflow.json", "forward/*/mlflow.json"):
@@ -803,13 +803,17 @@ def forward_all(workspace: Workspace) -> int:
                 feed.end("KILLED")
             if not feed.state.get("closed", True) and feed.state["status"] != "RUNNING":
                 waiting.append(feed)
-    if not waiting:
-        return 0
-    tracker = Tracker(workspace)
-    for feed in waiting:
-        feed.send(tracker)
-        _tidy(feed)
-    return len(waiting)
+    done = 0
+    try:
+        tracker = Tracker(workspace) if waiting else None
+        for feed in waiting:
+            assert tracker is not None
+            feed.send(tracker)
+            _tidy(feed)
+            done += 1
+    except RingmoError as error:
+        console.note(f"{error}; figures of {len(waiting) - done} runs go on waiting")
+    return done
 
 
 def _tidy(feed: _Feed) -> None:
@@ -826,7 +830,19 @@ def _data_version(workspace: Workspace) -> str | None:
         from ringmo.data.versions import data_version
     except ImportError:
         return None
-    return data_version(workspace)
+    version: str | None = data_version(workspace)
+    return version
+
+
+def _made_up(workspace: Workspace) -> bool:
+    """Whether the tile store holds generated imagery."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        column = parquet.read_table(workspace.store / "manifest.parquet", columns=[GENERATED])
+    except (OSError, ArrowException):
+        return False
+    return True in column[GENERATED].to_pylist()
 
 
 def _from_generated(report: Report, out: Path) -> bool:

@@ -1,0 +1,94 @@
+"""A bundle behind MLflow's pyfunc interface, so that `models:/scene@champion` answers anywhere.
+
+MLflow finds this module by name (`loader_module`), and hands it the bundle's folder: nothing is
+unpickled, and whoever loads a model needs only an installed ringmo.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringmo.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from ringmo.registry.bundle import Bundle
+
+
+class Model:
+    """What `mlflow.pyfunc.load_model` returns answers through this."""
+
+    def __init__(self, bundle: "Bundle") -> None:
+        self.bundle = bundle
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> "pd.DataFrame":
+        """One row an image: label, confidence, and a probability for each class.
+
+        Args:
+            model_input: uint8 (N, H, W, bands) or one (H, W, bands); a list of such images, of
+                file paths or of encoded files; or a table whose column `image` holds either.
+
+        Raises:
+            BadInput: an encoder's bundle, or something that is no image this model reads.
+        """
+        import pandas as pd
+
+        images = [_pixels(item, where) for where, item in _items(model_input)]
+        classes = self.bundle.meta["classes"]
+        probabilities = self.bundle.predict(images)
+        best = probabilities.argmax(axis=1)
+        answers = pd.DataFrame(probabilities, columns=classes)
+        answers.insert(0, "confidence", probabilities.max(axis=1))
+        answers.insert(0, "label", [classes[i] for i in best])
+        return answers
+
+
+def _load_pyfunc(data_path: str) -> Model:
+    """MLflow's entry: a model from a bundle's folder."""
+    from ringmo.registry.bundle import load
+
+    return Model(load(Path(data_path)))
+
+
+def _items(model_input: Any) -> list[tuple[str, Any]]:
+    import numpy as np
+    import pandas as pd
+
+    if isinstance(model_input, pd.DataFrame):
+        if "image" not in model_input.columns:
+            found = ", ".join(map(str, model_input.columns))
+            raise BadInput(f"the table needs a column `image`, found: {found or 'none'}")
+        model_input = model_input["image"].tolist()
+    if isinstance(model_input, np.ndarray) and model_input.ndim == 3:
+        model_input = [model_input]
+    if isinstance(model_input, str | bytes | Path):
+        model_input = [model_input]
+    if not isinstance(model_input, Sequence | np.ndarray):
+        raise BadInput(f"expected images, paths or a table, found {type(model_input).__name__}")
+    return [(f"image {i}", item) for i, item in enumerate(model_input)]
+
+
+def _pixels(item: Any, where: str) -> "NDArray[np.uint8]":
+    import numpy as np
+
+    from ringmo.data.decode import decode
+
+    if isinstance(item, str | Path):
+        try:
+            item, where = Path(item).read_bytes(), str(item)
+        except OSError as error:
+            raise BadInput(f"{item}: {error.strerror}") from None
+    if isinstance(item, bytes | bytearray | memoryview):
+        try:
+            return decode(bytes(item))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+    pixels = np.asarray(item)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3:
+        raise BadInput(
+            f"{where}: expected uint8 (H, W, bands), found {pixels.dtype} {pixels.shape}"
+        )
+    return pixels
