@@ -386,18 +386,30 @@ class Tracker:
             for key, text in _texts(tags).items():
                 self._client.set_model_version_tag(version.model, str(version.version), key, text)
 
-    def download(self, uri: str, to: Path) -> Path:
-        """Fetch an artifact folder; one on this machine's disk is used where it lies."""
+    def bundle_folder(self, version: Version) -> Path:
+        """The version's bundle on this machine's disk, fetched once where it lies elsewhere.
+
+        Raises:
+            BadInput: its files are gone. Unreachable: they cannot be fetched now.
+        """
+        if not version.run_id:
+            return Path(version.source)
+        uri = f"{version.source.rstrip('/')}/data/bundle"
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
             if not local.is_dir():
-                raise BadInput(f"{local} is missing: the model's files were moved or deleted")
+                raise BadInput(f"{version}: {local} is missing: its files were moved or deleted")
             return local
-        mlflow = _mlflow()
-        to.mkdir(parents=True, exist_ok=True)
-        with self._asking():
-            mlflow.set_tracking_uri(self.uri)
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(to)))
+        kept = self.workspace.state / "bundles" / (version.bundle_hash or str(version))
+        if not kept.is_dir():
+            mlflow = _mlflow()
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch, self._asking():
+                mlflow.set_tracking_uri(self.uri)
+                fetched = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch)
+                with contextlib.suppress(FileExistsError):
+                    Path(fetched).rename(kept)
+        return kept
 
 
 def save_pyfunc(bundle: Path, folder: Path) -> None:
@@ -414,11 +426,6 @@ def save_pyfunc(bundle: Path, folder: Path) -> None:
             data_path=str(named),
             pip_requirements=[f"ringmo=={ringmo.__version__}"],
         )
-
-
-def bundle_uri(source: str) -> str:
-    """Where the bundle lies in a version's files."""
-    return f"{source.rstrip('/')}/data/bundle"
 
 
 @contextlib.contextmanager

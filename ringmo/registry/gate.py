@@ -1,0 +1,154 @@
+"""The gate: whether a candidate may take the champion's place, and why.
+
+Both are scored now, on the same test tiles, so that figures of different days or data are never
+compared. The rules, in this order:
+
+1. The candidate is the champion: passes, nothing to do.
+2. Trained on generated imagery, with a champion trained on real imagery: refused.
+3. `encoder`: passes as the first one, or when a task model built on it is champion; an encoder
+   has no answers of its own to score, so it stands or falls with the task model.
+4. Under gate.TASK.min_value: refused.
+5. No champion, or one trained on generated imagery while the candidate is not: passes.
+6. The champion's files cannot be used: refused, since there is nothing to compare with; a person
+   may promote the candidate with --force.
+7. Worse than the champion by more than gate.TASK.max_drop: refused. Else it passes.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ringmo.config import Config
+from ringmo.config import Gate as Rule
+from ringmo.errors import BadInput
+from ringmo.registry import promotion
+from ringmo.registry.register import ENCODER, open_bundle
+from ringmo.registry.tracker import Tracker, Version
+from ringmo.stage import write_json
+from ringmo.workspace import Workspace
+
+if TYPE_CHECKING:
+    from ringmo.registry.bundle import Bundle
+
+
+@dataclass
+class Verdict:
+    """`reasons` are sentences for people; `figures` are the scores they speak of."""
+
+    ok: bool
+    reasons: list[str]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def gate(config: Config, workspace: Workspace, task: str, version: Version) -> Verdict:
+    """Judge a version against the champion, and write the verdict on it as tags.
+
+    Raises:
+        BadInput: the candidate's own bundle cannot be used, or there are no test tiles.
+        Unreachable: MLflow does not answer.
+    """
+    promotion.settle(workspace, task)
+    tracker = Tracker(workspace)
+    champion = tracker.aliased(task, "champion")
+    verdict = _judge(config, workspace, tracker, task, version, champion)
+    tracker.tag_version(
+        version,
+        {
+            "verdict": "passed" if verdict.ok else "refused",
+            "verdict_reasons": "; ".join(verdict.reasons),
+            "verdict_against": str(champion) if champion else "none",
+            **verdict.figures,
+        },
+    )
+    return verdict
+
+
+def _judge(
+    config: Config,
+    workspace: Workspace,
+    tracker: Tracker,
+    task: str,
+    version: Version,
+    champion: Version | None,
+) -> Verdict:
+    if champion is not None and champion.version == version.version:
+        return Verdict(True, [f"{version} is the champion already"])
+    if champion is not None and version.generated and not champion.generated:
+        why = f"{version} was trained on generated imagery, the champion {champion} on real imagery"
+        return Verdict(False, [why])
+    if task == ENCODER:
+        return _judge_encoder(config, tracker, version, champion)
+
+    rule = config.gate[task]  # type: ignore[index]
+    candidate_score = _score(workspace, task, open_bundle(tracker, version), rule)
+    figures: dict[str, Any] = {
+        "candidate_" + rule.metric: candidate_score[rule.metric],
+        "gate_tiles": candidate_score["n"],
+    }
+    scored = f"{rule.metric} {_percent(candidate_score[rule.metric])}"
+    if candidate_score[rule.metric] < rule.min_value:
+        least = f"under the least allowed {_percent(rule.min_value)}"
+        return Verdict(False, [f"{version}: {scored}, {least} (gate.{task}.min_value)"], figures)
+    if champion is None:
+        return Verdict(True, [f"first version: {scored}, no champion to compare with"], figures)
+    if champion.generated and not version.generated:
+        why = f"the champion {champion} was trained on generated imagery, {version} on real imagery"
+        return Verdict(True, [f"{why}: no comparison, {scored}"], figures)
+    try:
+        champion_score = _score(workspace, task, open_bundle(tracker, champion), rule)
+    except BadInput as error:
+        how = f"to promote all the same: ringmo promote {task} --model {version} --force"
+        why = f"the champion {champion} cannot be used, so there is nothing to compare with"
+        return Verdict(False, [f"{why} ({error}); {how}"], figures)
+    figures["champion_" + rule.metric] = champion_score[rule.metric]
+    difference = candidate_score[rule.metric] - champion_score[rule.metric]
+    compared = (
+        f"{version} has {scored}, the champion {champion} "
+        f"{_percent(champion_score[rule.metric])}, on the same {candidate_score['n']} test tiles"
+    )
+    # A tile's worth of rounding must not decide between equal scores.
+    if difference < -rule.max_drop - 1e-9:
+        points = f"{-100 * difference:.1f} points worse, {100 * rule.max_drop:.1f} are allowed"
+        return Verdict(False, [f"{compared}: {points} (gate.{task}.max_drop)"], figures)
+    return Verdict(True, [compared], figures)
+
+
+def _judge_encoder(
+    config: Config, tracker: Tracker, version: Version, champion: Version | None
+) -> Verdict:
+    if champion is None:
+        return Verdict(True, ["first encoder"])
+    for task in config.tasks:
+        model = tracker.aliased(task, "champion")
+        if model is not None and model.tags.get("encoder_hash") == version.bundle_hash:
+            return Verdict(True, [f"{model}, built on it, is champion"])
+    return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])
+
+
+def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict[str, Any]:
+    """Scores on the present test tiles, kept by model and selection: neither changes."""
+    from hashlib import sha256
+
+    from ringmo.evaluation.evaluate import score
+
+    selection = workspace.work("select") / f"{task}.parquet"
+    if not selection.is_file():
+        raise BadInput(f"{selection} is missing: run `ringmo select` first")
+    tiles = sha256(selection.read_bytes()).hexdigest()
+    kept = workspace.state / "scores" / f"{model.hash[:24]}-{tiles[:24]}.json"
+    try:
+        found: dict[str, Any] = json.loads(kept.read_text())
+        if rule.metric in found and "n" in found:
+            return found
+    except (FileNotFoundError, json.JSONDecodeError):
+        pass
+    scores = score(model, workspace, selection, split="test")
+    if not scores["n"]:
+        raise BadInput(f"{selection} has no test tiles: the gate has nothing to judge by")
+    numbers = {name: scores[name] for name in ("accuracy", "mean_f1", "n")}
+    write_json(kept, numbers)
+    return numbers
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

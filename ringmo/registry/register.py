@@ -1,0 +1,210 @@
+"""The way into the registry and out of it: a bundle becomes a version, a version a bundle.
+
+Registering is keyed by the bundle's hash: done twice is done once. The files are uploaded first
+and the version is created last, with all its tags in one step, so a kill leaves either a whole
+version or none, and the next call makes what is missing.
+"""
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ringmo
+from ringmo.config import Config, digest
+from ringmo.errors import BadInput
+from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
+from ringmo.stage import Report
+from ringmo.workspace import Workspace
+
+if TYPE_CHECKING:
+    from ringmo.registry.bundle import Bundle
+
+ENCODER = "encoder"
+CODE = ("ringmo", "flows", "pyproject.toml", "constraints.txt")  # what a source patch covers
+
+
+def register(config: Config, workspace: Workspace, task: str, tags: Mapping[str, Any]) -> Version:
+    """Make the workspace's model a version of registered model `task`, and the candidate.
+
+    Args:
+        task: a task's name, or `encoder`.
+        tags: more to keep with it, such as flow_run.
+
+    Raises:
+        BadInput: no bundle, a damaged one, or one whose example does not hold.
+        Unreachable: MLflow does not answer.
+    """
+    from ringmo.registry import bundle
+
+    stage = "pretrain" if task == ENCODER else f"finetune@{task}"
+    folder = workspace.work(stage) / (ENCODER if task == ENCODER else "model")
+    model = bundle.load(folder)
+    model.check_example()
+    tracker = Tracker(workspace)
+    with claim(workspace.state / "registry.lock"):
+        version = next((v for v in tracker.versions(task) if v.bundle_hash == model.hash), None)
+        if version is None:
+            version = _create(config, workspace, tracker, task, stage, model, tags)
+        if "candidate" not in version.aliases:
+            tracker.set_alias(task, "candidate", version.version)
+    return tracker.version(task, version.version) or version
+
+
+def open_bundle(tracker: Tracker, version: Version) -> "Bundle":
+    """The model of a version, checked against the hash that it was registered under.
+
+    Raises:
+        BadInput: its files are gone, damaged, or not the ones that were registered.
+    """
+    from ringmo.registry import bundle
+
+    model = bundle.load(tracker.bundle_folder(version))
+    if version.bundle_hash and model.hash != version.bundle_hash:
+        raise BadInput(
+            f"{version}: its files are not the ones that were registered "
+            f"(hash {model.hash[:12]}, registered {version.bundle_hash[:12]})"
+        )
+    return model
+
+
+def _create(
+    config: Config,
+    workspace: Workspace,
+    tracker: Tracker,
+    task: str,
+    stage: str,
+    model: "Bundle",
+    tags: Mapping[str, Any],
+) -> Version:
+    name = f"model-{model.hash[:12]}"
+    about = _tags(config, workspace, tracker, task, model) | {
+        key: value for key, value in tags.items() if value not in (None, "")
+    }
+    run_id = _home(workspace, tracker, stage, model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        save_pyfunc(model.folder, folder)
+        _write_lineage(workspace, folder / "lineage", bool(about["code_clean"]))
+        evaluated = workspace.work(f"evaluate@{task}")
+        if evaluated.is_dir():
+            (folder / "evaluation").mkdir()
+            for path in [*evaluated.glob("*.png"), *evaluated.glob("*.json")]:
+                (folder / "evaluation" / path.name).write_bytes(path.read_bytes())
+        tracker.log_folder(run_id, folder, name)
+    tracker.tag_run(run_id, {"bundle_hash": model.hash})
+    source = f"{tracker.artifact_uri(run_id).rstrip('/')}/{name}"
+    return tracker.create_version(task, source, run_id, about, _description(task, about))
+
+
+def _home(workspace: Workspace, tracker: Tracker, stage: str, model: "Bundle") -> str:
+    """The run that keeps the files: the training's own, or one made for a model without one."""
+    report = Report.read(workspace.work(stage) / "report.json")
+    if report is not None and report.run_dir:
+        feed = workspace.root / report.run_dir / "mlflow.json"
+        if feed.is_file():
+            run_id = json.loads(feed.read_text()).get("run_id")
+            if run_id and tracker.run(run_id):
+                return str(run_id)
+    experiment = stage.replace("@", "-")
+    if same := tracker.runs(experiment, {"bundle_hash": model.hash}):
+        return same[0].id
+    run_id = tracker.create_run(
+        experiment,
+        f"{stage.replace('@', ' ')} · model without its training's run",
+        {"bundle_hash": model.hash, GENERATED: model.meta[GENERATED]},
+    )
+    tracker.set_status(run_id, "FINISHED")
+    return run_id
+
+
+def _tags(
+    config: Config, workspace: Workspace, tracker: Tracker, task: str, model: "Bundle"
+) -> dict[str, Any]:
+    """What a version must tell without any other file."""
+    from ringmo.data.versions import data_version
+
+    lineage = model.meta["lineage"]
+    lock = workspace.root / "dvc.lock"
+    code, clean = code_version()
+    encoder = next(
+        (
+            v
+            for v in (tracker.versions(ENCODER) if task != ENCODER else [])
+            if v.bundle_hash == lineage.get("encoder")
+        ),
+        None,
+    )
+    about: dict[str, Any] = {
+        "bundle_hash": model.hash,
+        "kind": model.meta["kind"],
+        GENERATED: bool(model.meta[GENERATED]),
+        "data_version": data_version(workspace),
+        "selection": lineage.get("selection"),
+        "stage_lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
+        "params_digest": digest(config),
+        "code_version": code,
+        "code_clean": clean,
+        "ringmo_version": ringmo.__version__,
+    }
+    if task != ENCODER:
+        about["encoder_hash"] = lineage.get("encoder")
+        about["encoder_version"] = str(encoder) if encoder else None
+    report = Report.read(workspace.work(f"evaluate@{task}") / "report.json")
+    figures = model.meta["figures"] | (report.figures if report else {})
+    return about | {
+        name: value for name, value in figures.items() if isinstance(value, int | float)
+    }
+
+
+def _description(task: str, about: Mapping[str, Any]) -> str:
+    made_up = " Trained on generated imagery: its figures say nothing of real imagery."
+    accuracy = about.get("test_accuracy")
+    figure = f", {100 * accuracy:.1f} % on the test tiles" if accuracy is not None else ""
+    return f"RingMo {task}{figure}, data {str(about.get('data_version'))[:8]}." + (
+        made_up if about[GENERATED] else ""
+    )
+
+
+def _write_lineage(workspace: Workspace, folder: Path, clean: bool) -> None:
+    """What ran, as files: with them lineage needs no commit."""
+    folder.mkdir()
+    for name in ("dvc.lock", "dvc.yaml", "params.yaml", "revisions.yaml", "data/store.dvc"):
+        path = workspace.root / name
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    installed = sorted({f"{d.name}=={d.version}" for d in metadata.distributions()})
+    (folder / "environment.txt").write_text("\n".join(installed) + "\n")
+    if not clean:
+        (folder / "source.patch").write_bytes(_source_patch())
+
+
+def code_version() -> tuple[str, bool]:
+    """The commit that this code is at, or the package's version, and whether it is unchanged."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None or _git("ls-files", "--error-unmatch", "ringmo/__init__.py") is None:
+        return f"ringmo {ringmo.__version__}", True
+    return commit.decode().strip(), not _git("status", "--porcelain", "--", *CODE)
+
+
+def _source_patch() -> bytes:
+    patch = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", *CODE) or b"").decode()
+    for name in new.splitlines():
+        # Exit status 1 says that they differ, as a file and no file do.
+        patch += _git("diff", "--no-index", "--binary", "--", "/dev/null", name, ok=(0, 1)) or b""
+    return patch
+
+
+def _git(*arguments: str, ok: tuple[int, ...] = (0,)) -> bytes | None:
+    """Output of a git command in the code's folder, None where it is no repository or fails."""
+    code = Path(ringmo.__file__).parents[1]
+    try:
+        done = subprocess.run(["git", *arguments], cwd=code, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode in ok else None
