@@ -60,10 +60,11 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
             raise error if isinstance(error, BaseException) else StageFailed(str(error), 3, True)
         cached[stage.name] = state.name == "Cached"
 
-    for task in ("encoder", *(config.tasks if chain.labelled(place) else [])):
+    for task in chain.ends(config, place):
         if chain.registered(config, place, task):
+            cached[f"register@{task}"] = True
             continue
-        end = _end(config, f"register-{task}", "A version in the registry, the gate, production")
+        end = _end(config, f"register@{task}", "A version in the registry, the gate, production")
         end(root, f"register@{task}", ["register", task, "--flow-run", tags["flow_run"]])
         cached[f"register@{task}"] = False
     chain.push(config, place)

@@ -4,19 +4,19 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
-from ringmo.registry.tracker import Forwarder
 
 from ringmo import console, services
 from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
 from ringmo.process_group import run_group
+from ringmo.registry.tracker import Forwarder
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
 
@@ -69,7 +69,11 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
     command = versions.repro_command(workspace, name)
     with Forwarder(workspace, name, tags) as forwarder:
         status = run_group(
-            command, workspace.root, services.environment(workspace), config.run.grace_s
+            command,
+            workspace.root,
+            services.environment(workspace),
+            config.run.grace_s,
+            follow=get_run_logger().info,
         )
         report = Report.read(workspace.report_file(name))
         if report is None and status == 0:
@@ -102,6 +106,7 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
         workspace.root,
         services.environment(workspace),
         config.run.grace_s,
+        follow=get_run_logger().info,
     )
     report = Report.read(workspace.report_file(name))
     checked = _checked(name, report, status, allowed=(0, 1))

@@ -48,7 +48,7 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
     services.up(config, workspace)
     os.environ.update(services.environment(workspace))
     # Prefect's own lines go to its server; people get the stages' own progress.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     console.note("retraining: follow it at " + (services.status(workspace)["prefect"]["url"] or ""))
 
     from flows.retrain import retrain
@@ -75,6 +75,11 @@ def _check_sources(config: Config) -> None:
             raise BadInput(f"{source}: no such folder (ingest.sources in params.yaml)")
 
 
+def ends(config: Config, workspace: Workspace) -> list[str]:
+    """What is registered at the chain's end: the tasks' models, or the encoder alone."""
+    return list(config.tasks) if labelled(workspace) else ["encoder"]
+
+
 def labelled(workspace: Workspace) -> bool:
     """Whether the selection has labels; without, the chain ends after the encoder."""
     report = Report.read(workspace.work("select") / "report.json")
@@ -86,37 +91,44 @@ def register(
 ) -> Report:
     """Register a model, judge it, and promote it if the gate lets it pass. Done twice is done once.
 
+    A task's model brings its encoder along, which becomes champion when the task's model does.
     A version is promoted by itself at most once: what a person rolled back stays rolled back.
-    Without labels the encoder is promoted by itself; with labels it follows its task model.
     """
     from ringmo.registry import gate, promotion, register
 
+    def judge(name: str, version: Any) -> tuple[Any, bool]:
+        verdict = gate.gate(config, workspace, name, version)
+        moved = any(row["to"] == version.version for row in promotion.history(workspace, name))
+        if verdict.ok and not moved:
+            reason = "; ".join(verdict.reasons)
+            promotion.promote(workspace, name, version.version, by="gate", reason=reason)
+        return verdict, verdict.ok and not moved
+
     started = time.monotonic()
     tags = {"flow_run": flow_run or ""}
-    version = register.register(config, workspace, task, tags)
-    verdict = gate.gate(config, workspace, task, version)
-    moved = any(row.get("to") == version.version for row in promotion.history(workspace, task))
-    promoted = False
-    if verdict.ok and not moved:
-        promotion.promote(
-            workspace, task, version.version, by="gate", reason="; ".join(verdict.reasons)
-        )
-        promoted = True
+    encoder = register.register(config, workspace, register.ENCODER, tags)
+    version = encoder
+    if task != register.ENCODER:
+        version = register.register(config, workspace, task, tags)
+        verdict, promoted = judge(task, version)
+        judge(register.ENCODER, encoder)
+    else:
+        verdict, promoted = judge(task, version)
     report = Report(
         f"register@{task}",
         figures={
             "model": f"{task}/{version.version}",
+            "encoder": f"encoder/{encoder.version}",
             "verdict": "passed" if verdict.ok else "refused",
             "verdict_reasons": verdict.reasons,
             "promoted": promoted,
             **verdict.figures,
+            "key": _registration_key(config, workspace, task),
         },
-        run_dir=None,
         seconds=round(time.monotonic() - started, 2),
         exit_code=0 if verdict.ok else 1,
         ok=verdict.ok,
     )
-    report.figures["key"] = _registration_key(config, workspace, task)
     report.write(workspace.report_file(report.stage))
     return report
 
@@ -177,14 +189,14 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "labelled": labelled(workspace),
     }
     exit_code = 0
-    for task in ("encoder", *(config.tasks if result["labelled"] else [])):
+    for task in ends(config, workspace):
         report = Report.read(workspace.report_file(f"register@{task}"))
         made = report.figures if report else {}
         champion = next(
             (row for row in lineage.models(workspace, task) if "champion" in row["aliases"]), None
         )
         new = not cached.get(f"register@{task}", True)
-        if new and made.get("verdict") == "refused" and task != "encoder":
+        if new and made.get("verdict") == "refused":
             exit_code = 1
         result["tasks"][task] = {
             **figures(f"evaluate@{task}"),

@@ -246,64 +246,51 @@ def _ingest(arguments: Arguments) -> int:
     return _print_report(report)
 
 
-def _stage(
-    arguments: Arguments,
-    name: str,
-    load: Callable[[], "Callable[..., Report]"],
-    **options: Any,
-) -> int:
+def _stage(arguments: Arguments, name: str, function: str, **options: Any) -> int:
+    """Run the stage that `module:function` is."""
+    from importlib import import_module
+
     from ringmo.stage import run_stage
 
     config, workspace = _open(arguments)
-    return _print_report(
-        run_stage(workspace, name, lambda out: load()(config, workspace, out, **options))
-    )
+    module, _, called = function.partition(":")
+
+    def work(out: Path) -> "Report":
+        report: Report = getattr(import_module(module), called)(config, workspace, out, **options)
+        return report
+
+    return _print_report(run_stage(workspace, name, work))
 
 
 def _validate(arguments: Arguments) -> int:
-    def load() -> "Callable[..., Report]":
-        from ringmo.data.validation import validate
-
-        return validate
-
-    return _stage(arguments, "validate", load)
+    return _stage(arguments, "validate", "ringmo.data.validation:validate")
 
 
 def _select(arguments: Arguments) -> int:
-    def load() -> "Callable[..., Report]":
-        from ringmo.data.selection import select
-
-        return select
-
-    return _stage(arguments, "select", load)
+    return _stage(arguments, "select", "ringmo.data.selection:select")
 
 
 def _pretrain(arguments: Arguments) -> int:
-    def load() -> "Callable[..., Report]":
-        from ringmo.training.pretrain import pretrain
-
-        return pretrain
-
-    return _stage(arguments, "pretrain", load)
+    return _stage(arguments, "pretrain", "ringmo.training.pretrain:pretrain")
 
 
 def _finetune(arguments: Arguments) -> int:
-    def load() -> "Callable[..., Report]":
-        from ringmo.training.finetune import finetune
-
-        return finetune
-
-    name = f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}"
-    return _stage(arguments, name, load, task=arguments.task, from_scratch=arguments.from_scratch)
+    return _stage(
+        arguments,
+        f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}",
+        "ringmo.training.finetune:finetune",
+        task=arguments.task,
+        from_scratch=arguments.from_scratch,
+    )
 
 
 def _evaluate(arguments: Arguments) -> int:
-    def load() -> "Callable[..., Report]":
-        from ringmo.evaluation.evaluate import evaluate
-
-        return evaluate
-
-    return _stage(arguments, f"evaluate@{arguments.task}", load, task=arguments.task)
+    return _stage(
+        arguments,
+        f"evaluate@{arguments.task}",
+        "ringmo.evaluation.evaluate:evaluate",
+        task=arguments.task,
+    )
 
 
 def _register(arguments: Arguments) -> int:

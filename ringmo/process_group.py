@@ -4,28 +4,61 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
-def run_group(command: list[str], cwd: Path, env: dict[str, str], grace_s: float) -> int:
+def run_group(
+    command: list[str],
+    cwd: Path,
+    env: dict[str, str],
+    grace_s: float,
+    follow: Callable[[str], None] | None = None,
+) -> int:
     """Run a command and wait for it and all it started; returns its exit status.
 
     Whatever interrupts the wait (a cancelled run, a time limit, Ctrl-C) sends SIGTERM to the
     group, waits until the group is empty, and kills what is left after `grace_s` seconds: DVC
     itself dies at once on SIGTERM, the training it started saves its checkpoint first.
+
+    On a terminal the command draws its progress there; elsewhere `follow` hears its lines too.
     """
-    # Standard output is kept for results: a child's words are progress.
+    piped = follow is not None and not sys.stderr.isatty()
+    # Standard output is kept for results: what a child says is progress.
     process = subprocess.Popen(
-        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if piped else sys.stderr.fileno(),
+        stderr=subprocess.STDOUT if piped else None,
+        start_new_session=True,
     )
+    reader = threading.Thread(target=_read, args=(process.stdout, follow), daemon=True)
     try:
+        if piped:
+            reader.start()
         status = process.wait()
     except BaseException:
         end_group(process.pid, grace_s)
         raise
     end_group(process.pid, grace_s)
+    if piped:
+        reader.join(10)
     return status
+
+
+def _read(stream: IO[bytes], follow: Callable[[str], None]) -> None:
+    for raw in stream:
+        line = raw.decode(errors="replace").rstrip()
+        print(line, file=sys.stderr, flush=True)
+        if line:
+            with contextlib.suppress(Exception):  # a log that fails must not stop the reading
+                follow(line)
 
 
 def end_group(group: int, grace_s: float) -> None:

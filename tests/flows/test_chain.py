@@ -1,0 +1,310 @@
+"""The chain as a user runs it: the real command, real servers, real processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY
+from imagery import write_class_folders
+
+from ringmo import config
+from ringmo.workspace import Workspace, init
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ringmo(
+    workspace: Workspace, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringmo", *arguments, "--workspace", str(workspace.root)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def run(workspace: Workspace, *arguments: str, expect: int = 0, **options: Any) -> dict[str, Any]:
+    """`ringmo run --json`, its one JSON object."""
+    done = ringmo(workspace, "run", "--json", *arguments, **options)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-6000:]
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def prefect(place: Workspace, path: str, body: dict[str, Any]) -> Any:
+    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
+    request = urllib.request.Request(
+        f"{url}/api/{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A workspace with its own servers, which the tests below share, one after the other."""
+    made = init(tmp_path_factory.mktemp("chain") / "workspace")
+    ports = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
+    config.edit(made.params_file, TINY | ports)
+    yield made
+    ringmo(made, "down")
+    assert not [p for p in psutil.process_iter() if str(made.root) in " ".join(_command_line(p))], (
+        "something was left running"
+    )
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module")
+def imagery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_class_folders(tmp_path_factory.mktemp("imagery"))
+    # Bad files among good ones never stop a run.
+    (folder / "woods" / "empty.jpg").write_bytes(b"")
+    (folder / "woods" / "words.png").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(place: Workspace, imagery: Path) -> dict[str, Any]:
+    return run(place, "--data", str(imagery))
+
+
+STAGES = ["validate", "select", "pretrain", "finetune@scene", "scratch@scene", "evaluate@scene"]
+ENDS = ["register@scene"]
+
+
+def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) -> None:
+    assert first["stages"] == dict.fromkeys(STAGES + ENDS, "done")
+    assert first["data"]["tiles"] == 96
+    assert first["data"]["set_aside"] == 2
+    assert first["validation"]["ok"]
+    scene = first["tasks"]["scene"]
+    assert scene["champion"] == scene["model"] == "scene/1"
+    assert scene["verdict"] == "passed"
+    assert 0 <= scene["test_accuracy"] <= 1
+    assert 0 <= scene["scratch_accuracy"] <= 1
+    names = {r["name"] for r in prefect(place, "task_runs/filter", {})}
+    assert set(STAGES) <= names
+    runs = prefect(place, "artifacts/filter", {})
+    assert any(artifact["key"] == "summary" for artifact in runs)
+    assert any(artifact["key"] == "mlflow-pretrain" for artifact in runs)
+
+
+def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspace) -> None:
+    shards = {p: p.stat().st_mtime_ns for p in place.store.rglob("*") if p.is_file()}
+    started = time.monotonic()
+    second = run(place)
+    took = time.monotonic() - started
+    assert second["outcome"] == "Unchanged"
+    assert set(second["stages"].values()) == {"cached"}
+    assert took < 60
+    assert shards == {p: p.stat().st_mtime_ns for p in place.store.rglob("*") if p.is_file()}
+    states = [r["state_name"] for r in prefect(place, "task_runs/filter", {"limit": 200})]
+    assert states.count("Cached") >= len(STAGES)
+
+
+def test_the_champion_answers_for_an_image(
+    first: dict[str, Any], place: Workspace, imagery: Path
+) -> None:
+    image = next((imagery / "town").glob("*.jpg"))
+    done = ringmo(place, "predict", str(image), "--model", "scene@champion", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["predictions"][0]
+    assert answer["label"] in {"fields", "harbour", "town", "woods"}
+    assert sum(row["probability"] for row in answer["top"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_every_verb_of_the_registry_speaks(first: dict[str, Any], place: Workspace) -> None:
+    for arguments, word in (
+        (["models"], "champion"),
+        (["models", "--history"], "gate"),
+        (["lineage", "scene@champion"], first["data"]["data_version"]),
+        (["data", "versions"], first["data"]["data_version"][:8]),
+        (["status"], "local"),
+        (["run", "--dry-run"], "unchanged"),
+    ):
+        done = ringmo(place, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert word in done.stdout, (arguments, done.stdout)
+        parsed = ringmo(place, *arguments, "--json")
+        assert isinstance(json.loads(parsed.stdout), dict)
+
+
+def test_a_corrected_label_trains_the_task_and_not_the_encoder(
+    first: dict[str, Any], place: Workspace, imagery: Path
+) -> None:
+    moved = sorted((imagery / "town").glob("*.jpg"))[0]
+    shutil.move(moved, imagery / "harbour" / moved.name)
+    shards = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    answer = run(place)
+    assert answer["stages"]["pretrain"] == "cached"
+    assert answer["stages"]["finetune@scene"] == "done"
+    assert shards == {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    assert answer["tasks"]["scene"]["model"] == "scene/2"
+    assert answer["data"]["data_version"] != first["data"]["data_version"]
+
+
+def test_new_imagery_adds_shards_and_trains_anew(
+    first: dict[str, Any], place: Workspace, imagery: Path
+) -> None:
+    shards = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    write_class_folders(imagery, each=4, seed=7)
+    answer = run(place)
+    assert answer["data"]["new_tiles"] == 16
+    assert answer["stages"]["pretrain"] == "done"
+    after = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    assert {p: after[p] for p in shards} == shards
+    assert len(after) > len(shards)
+
+
+def test_a_killed_training_is_retried_from_its_checkpoint(
+    first: dict[str, Any], place: Workspace
+) -> None:
+    changes = {"pretrain.epochs": 60, "pretrain.checkpoint_every_s": 0}
+    config.edit(place.params_file, changes)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ringmo", "run", "--json", "--workspace", str(place.root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    victim = _training(place, "pretrain")
+    os.kill(victim, signal.SIGKILL)
+    out, err = child.communicate(timeout=600)
+    assert child.returncode in (0, 1), err[-3000:]  # the gate may refuse what it made
+    answer = json.loads(out)
+    assert answer["stages"]["pretrain"] == "done"
+    report = json.loads((place.work("pretrain") / "report.json").read_text())
+    assert report["figures"]["resumed_at_step"] > 0
+
+
+def _training(place: Workspace, stage: str) -> int:
+    """Process number of a stage's training once it has written a checkpoint."""
+    limit = time.monotonic() + 240
+    announced = place.state / "running" / f"{stage}.json"
+    began = time.time()
+    while time.monotonic() < limit:
+        time.sleep(0.2)
+        if announced.exists() and announced.stat().st_mtime > began:
+            said = json.loads(announced.read_text())
+            if list((place.root / said["run_dir"]).rglob("*.safetensors")):
+                return int(said["pid"])
+    raise AssertionError(f"{stage} did not start training")
+
+
+def test_a_failed_rule_stops_the_chain_and_leaves_the_champion(
+    first: dict[str, Any], place: Workspace, imagery: Path
+) -> None:
+    before = ringmo(place, "models", "scene", "--json").stdout
+    lonely = imagery / "lonely"
+    lonely.mkdir()
+    shutil.copy(sorted((imagery / "town").glob("*.jpg"))[1], lonely / "one.jpg")
+    os.utime(lonely / "one.jpg")
+    (imagery / "town" / "moved-away").mkdir()
+    sorted((imagery / "town").glob("*.jpg"))[1].rename(imagery.parent / "kept.jpg")
+    answer = run(place, expect=1)
+    assert "min_per_class" in answer["error"] or "samples" in answer["error"]
+    assert "\n" not in answer["error"]
+    assert ringmo(place, "models", "scene", "--json").stdout == before
+    shutil.rmtree(lonely)
+    (imagery.parent / "kept.jpg").rename(imagery / "town" / "back.jpg")
+
+
+def test_without_labels_the_chain_ends_after_the_encoder(
+    first: dict[str, Any], place: Workspace, imagery: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for image in imagery.rglob("*.jpg"):
+        shutil.copy(image, flat / image.name)
+    other = init(tmp_path / "unlabelled")
+    config.edit(other.params_file, TINY)
+    addresses = json.loads((place.state / "services.json").read_text())
+    env = {
+        "MLFLOW_TRACKING_URI": addresses["mlflow"]["url"],
+        "PREFECT_API_URL": addresses["prefect"]["url"] + "/api",
+    }
+    done = ringmo(other, "run", "--data", str(flat), env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the chain stopped after the encoder" in done.stdout
+    assert not other.work("finetune@scene").exists()
+
+
+def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
+    first: dict[str, Any], place: Workspace
+) -> None:
+    for _ in range(2):
+        done = ringmo(place, "deploy", "--json")
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = prefect(place, "deployments/filter", {})
+    assert len(found) == 1
+    assert [s["schedule"]["cron"] for s in found[0]["schedules"]] == ["0 2 * * 0"]
+    flow_run = prefect(place, f"deployments/{found[0]['id']}/create_flow_run", {})
+    limit = time.monotonic() + 240
+    state = ""
+    while state not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        assert time.monotonic() < limit, f"still {state}"
+        time.sleep(2)
+        filtered = {"flow_runs": {"id": {"any_": [flow_run["id"]]}}}
+        state = prefect(place, "flow_runs/filter", filtered)[0]["state_type"]
+    assert state == "COMPLETED"
+
+
+def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
+    other = init(tmp_path / "w")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config.edit(other.params_file, {"services.mlflow_port": port})
+        done = ringmo(other, "up")
+    assert done.returncode == 2
+    assert f"port {port} for mlflow is in use" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "PREFECT_API_URL"])
+def test_an_unreachable_server_is_said_in_one_line(
+    tmp_path: Path, variable: str, imagery: Path
+) -> None:
+    other = init(tmp_path / "w")
+    ports = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
+    config.edit(other.params_file, TINY | ports)
+    env = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db",
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        variable: "http://127.0.0.1:9",
+    }
+    if variable == "MLFLOW_TRACKING_URI":
+        env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    done = ringmo(other, "run", "--data", str(imagery), env=env)
+    assert done.returncode == 3, done.stderr
+    assert "does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    ringmo(other, "down")
