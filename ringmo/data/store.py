@@ -6,12 +6,11 @@ is always the one before an ingest or the one after it.
 """
 
 import hashlib
-import io
 import os
 import tarfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ringmo.errors import BadInput
 
@@ -24,6 +23,7 @@ SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
 HISTORY = "history.json"
+RETIRED = "retired.parquet"  # tiles whose source left: if it returns, so do their split and bytes
 
 # Column → Arrow type. Text that may be missing is null (NaN in pandas).
 COLUMNS = {
@@ -217,52 +217,104 @@ class TileStore:
 class ShardWriter:
     """Appends tiles to new shards under temporary names; `commit` gives them their real ones.
 
-    Nothing in the tar depends on the machine or the hour. Numbers go on from the highest in the
-    folder, and a shard that is there is never opened.
+    Nothing in a tar depends on the machine or the hour, and a shard that is there is never
+    opened. `rollback` takes back what was added since a `mark`: the tiles of a scene whose last
+    strip proves damaged.
     """
 
     def __init__(self, root: Path, first: int, shard_mb: float) -> None:
-        self.root, self.next, self.limit = root, first, int(shard_mb * 1e6)
-        self.written: list[tuple[Path, Path]] = []
-        self._tar: tarfile.TarFile | None = None
+        self.root, self.first, self.limit = root, first, int(shard_mb * 1e6)
+        self.sizes: list[int] = []  # bytes in each shard so far
+        self._file: BinaryIO | None = None
+
+    @property
+    def shards(self) -> int:
+        """How many shards the store has with the new ones."""
+        return self.first + len(self.sizes)
 
     def add(self, member: str, data: bytes) -> tuple[str, int]:
         """Shard name and offset of the bytes just appended."""
-        if self._tar is None or self._tar.offset >= self.limit:
+        if self._file is None or self.sizes[-1] >= self.limit:
             self._finish()
-            final = self.root / f"tiles-{self.next:06d}.tar"
-            temporary = final.with_name(f".{final.name}.tmp")
-            self._tar = tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            self.written.append((temporary, final))
-            self.next += 1
+            self.sizes.append(0)
+            self._file = self._temporary(len(self.sizes) - 1).open("w+b")
         info = tarfile.TarInfo(member)
         info.size, info.mode = len(data), 0o644
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        self._tar.addfile(info, io.BytesIO(data))
-        return self.written[-1][1].name, offset
+        header = info.tobuf(tarfile.USTAR_FORMAT)
+        self._file.write(header)
+        self._file.write(data)
+        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        offset = self.sizes[-1] + len(header)
+        self.sizes[-1] = self._file.tell()
+        return self._final(len(self.sizes) - 1).name, offset
 
-    def _finish(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-            with self.written[-1][0].open("rb") as file:
-                os.fsync(file.fileno())
+    def read(self, shard: str, offset: int, size: int) -> bytes | None:
+        """Bytes added since the start; None if the shard is an old one."""
+        for i in range(len(self.sizes)):
+            if self._final(i).name == shard:
+                if self._file is not None:
+                    self._file.flush()
+                with self._temporary(i).open("rb") as file:
+                    return os.pread(file.fileno(), size, offset)
+        return None
 
-    def commit(self) -> list[str]:
+    def mark(self) -> tuple[int, int]:
+        return len(self.sizes), self.sizes[-1] if self.sizes else 0
+
+    def rollback(self, mark: tuple[int, int]) -> None:
+        shards, size = mark
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for i in range(shards, len(self.sizes)):
+            self._temporary(i).unlink()
+        del self.sizes[shards:]
+        if shards:
+            self._file = self._temporary(shards - 1).open("r+b")
+            self._file.truncate(size)
+            self._file.seek(size)
+            self.sizes[-1] = size
+
+    def commit(self) -> None:
         """Real names for all shards; the manifest that mentions them comes after."""
         self._finish()
-        for temporary, final in self.written:
-            temporary.replace(final)
-        if self.written:
+        for i in range(len(self.sizes)):
+            self._temporary(i).replace(self._final(i))
+        if self.sizes:
             sync_folder(self.root)
-        return [final.name for _, final in self.written]
 
     def abort(self) -> None:
         """Remove what was written."""
-        if self._tar is not None:
-            self._tar.close()
-        for temporary, _ in self.written:
-            temporary.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        for i in range(len(self.sizes)):
+            self._temporary(i).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            end = self.sizes[-1] + 2 * tarfile.BLOCKSIZE
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _final(self, i: int) -> Path:
+        return self.root / shard_name(self.first + i)
+
+    def _temporary(self, i: int) -> Path:
+        return self.root / f".{shard_name(self.first + i)}.tmp"
+
+
+def shard_name(number: int) -> str:
+    return f"tiles-{number:06d}.tar"
+
+
+def shard_number(path: Path) -> int | None:
+    """Number of a shard's file; None for any other file."""
+    digits = path.name.removeprefix("tiles-").removesuffix(".tar")
+    return int(digits) if digits.isdigit() and path.name == shard_name(int(digits)) else None
 
 
 def sha256(data: bytes) -> str:
