@@ -129,8 +129,6 @@ def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict
     """Scores on the present test tiles, kept by model and selection: neither changes."""
     from hashlib import sha256
 
-    from ringmo.evaluation.evaluate import score
-
     selection = workspace.work("select") / f"{task}.parquet"
     if not selection.is_file():
         raise BadInput(f"{selection} is missing: run `ringmo select` first")
@@ -142,6 +140,8 @@ def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict
             return found
     except (FileNotFoundError, json.JSONDecodeError):
         pass
+    from ringmo.evaluation.evaluate import score
+
     scores = score(model, workspace, selection, split="test")
     if not scores["n"]:
         raise BadInput(f"{selection} has no test tiles: the gate has nothing to judge by")

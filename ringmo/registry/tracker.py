@@ -83,6 +83,7 @@ def _mlflow() -> Any:
     quieter.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     quieter.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     quieter.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    quieter["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # that is where --json answers
     os.environ.update(quieter)
     import logging
 
