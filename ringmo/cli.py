@@ -238,11 +238,13 @@ def _print_report(report: "Report") -> int:
 def _ingest(arguments: Arguments) -> int:
     from ringmo.data import versions
     from ringmo.data.ingest import ingest
+    from ringmo.stage import failure_reported
 
     config, workspace = _open(arguments)
-    report = ingest(config, workspace)
-    report.figures["data_version"] = versions.add_store(workspace, config)
-    report.write(workspace.report_file("ingest"))
+    with failure_reported(workspace, "ingest"):
+        report = ingest(config, workspace)
+        report.figures["data_version"] = versions.add_store(workspace, config)
+        report.write(workspace.report_file("ingest"))
     return _print_report(report)
 
 
@@ -295,9 +297,12 @@ def _evaluate(arguments: Arguments) -> int:
 
 def _register(arguments: Arguments) -> int:
     from ringmo import chain
+    from ringmo.stage import failure_reported
 
     config, workspace = _open(arguments)
-    return _print_report(chain.register(config, workspace, arguments.task, arguments.flow_run))
+    with failure_reported(workspace, f"register@{arguments.task}"):
+        report = chain.register(config, workspace, arguments.task, arguments.flow_run)
+    return _print_report(report)
 
 
 # Data and models

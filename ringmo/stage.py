@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ringmo.errors import BadInput, RingmoError
+from ringmo.errors import AnswerIsNo, BadInput, RingmoError
 from ringmo.workspace import Workspace
 
 # Code counts as an input: raise a stage's number when its results change for the same inputs.
@@ -79,44 +79,49 @@ def run_stage(workspace: Workspace, stage: str, function: Callable[[Path], Repor
     stage can tell a refusal from a crash. An AnswerIsNo keeps the outputs: they hold the reasons.
     """
     started = time.monotonic()
-    report_file = workspace.report_file(stage)
-    report_file.unlink(missing_ok=True)
     refusal: RingmoError | None = None
-    try:
+    with failure_reported(workspace, stage):
         with whole_folder(workspace.work(stage)) as out:
             try:
                 report = function(out)
-            except RingmoError as error:
-                if error.exit_code != 1:
-                    raise
+            except AnswerIsNo as error:
                 refusal = error
                 report = Report(stage, ok=False, exit_code=1, reason=str(error))
             report.seconds = round(time.monotonic() - started, 2)
             report.write(out / "report.json")
-    except OSError as error:
-        # No space left, a folder that may not be written: the user can mend these.
-        failure = BadInput(f"{stage}: {error.strerror}: {error.filename or workspace.root}")
-        _write_failure(report_file, stage, failure, started)
-        raise failure from error
-    except RingmoError as error:
-        _write_failure(report_file, stage, error, started)
-        raise
-    report.write(report_file)
+        report.write(workspace.report_file(stage))
     if refusal is not None:
         raise refusal
     return report
 
 
-def _write_failure(path: Path, stage: str, error: RingmoError, started: float) -> None:
-    with contextlib.suppress(OSError):
-        Report(
-            stage,
-            ok=False,
-            exit_code=error.exit_code,
-            reason=str(error),
-            retry=error.retry,
-            seconds=round(time.monotonic() - started, 2),
-        ).write(path)
+@contextlib.contextmanager
+def failure_reported(workspace: Workspace, stage: str) -> Iterator[None]:
+    """Leave a report when the block fails, so that a refusal can be told from a crash."""
+    started = time.monotonic()
+    report_file = workspace.report_file(stage)
+    report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except (RingmoError, OSError) as caught:
+        if isinstance(caught, RingmoError):
+            error = caught
+        else:
+            # No space left, a folder that may not be written: the user can mend these.
+            where = caught.filename or workspace.root
+            error = BadInput(f"{stage}: {where}: {caught.strerror or caught}")
+        with contextlib.suppress(OSError):
+            Report(
+                stage,
+                ok=False,
+                exit_code=error.exit_code,
+                reason=str(error),
+                retry=error.retry,
+                seconds=round(time.monotonic() - started, 2),
+            ).write(report_file)
+        if error is caught:
+            raise
+        raise error from caught
 
 
 def announce(workspace: Workspace, stage: str, run_dir: Path) -> None:

@@ -1,0 +1,110 @@
+"""The command's surface: what it offers, how fast it says so, and how it refuses."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ringmo.cli import build_parser, main
+from ringmo.workspace import Workspace
+
+VERBS = {
+    "run": {"--data", "--recipe", "--set", "--dry-run"},
+    "init": set(),
+    "up": set(),
+    "down": set(),
+    "status": set(),
+    "deploy": set(),
+    "ingest": set(),
+    "validate": set(),
+    "select": set(),
+    "pretrain": set(),
+    "finetune": {"--from-scratch"},
+    "evaluate": set(),
+    "register": {"--flow-run"},
+    "data": set(),
+    "models": {"--history"},
+    "promote": {"--model", "--force", "--by", "--reason"},
+    "rollback": {"--by", "--reason"},
+    "lineage": set(),
+    "predict": {"--model", "--top", "--out"},
+}
+COMMON = {"-h", "--help", "--json", "--quiet", "--workspace"}
+
+
+def test_verbs_and_options_change_only_on_purpose() -> None:
+    actions = build_parser()._subparsers
+    assert actions is not None
+    verbs = next(a for a in actions._group_actions if isinstance(a, argparse._SubParsersAction))
+    found = {
+        name: {o for a in parser._actions for o in a.option_strings} - COMMON
+        for name, parser in verbs.choices.items()
+    }
+    assert found == VERBS
+
+
+def test_help_loads_nothing_heavy() -> None:
+    seen = (
+        "import sys; from ringmo.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    seen += (
+        "print(sorted({'torch','pandas','prefect','mlflow','dvc','pydantic'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert time.monotonic() - started < 0.5 * 4  # 0.05 s when nothing else runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["run", "--set", "pretrain.epoch=3"], "did you mean `epochs`?"),
+        (["run", "--set", "pretrain.mask_ratio=7"], "pretrain.mask_ratio"),
+        (["run", "--set", "nonsense"], "expected key=value"),
+        (["run", "--recipe", "huge"], "no such recipe; there are:"),
+        (["ingest", "--workspace", "/"], "is no workspace"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_two(
+    workspace: Workspace,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RINGMO_WORKSPACE", str(workspace.root))
+    before = workspace.params_file.read_bytes()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert workspace.params_file.read_bytes() == before
+
+
+def test_an_error_is_json_where_json_was_asked_for(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "--data", "/nowhere", "--json", "--workspace", str(workspace.root)]
+    assert main(arguments) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["exit_code"] == 2 and "no such folder" in answer["error"]
+
+
+def test_an_empty_folder_is_refused_before_any_server_starts(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = ["ingest", "--workspace", str(workspace.root)]
+    from ringmo import config
+
+    config.edit(workspace.params_file, {"ingest.sources": [str(tmp_path / "empty")]})
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "empty" in error and "Traceback" not in error
