@@ -33,7 +33,8 @@ def square(image: Pixels, size: int) -> Tensor:
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    cut = np.ascontiguousarray(image[top : top + side, left : left + side])
+    # Pillow's arrays are read-only, which PyTorch does not know.
+    cut = np.require(image[top : top + side, left : left + side], requirements=["C", "W"])
     tensor = torch.from_numpy(cut).permute(2, 0, 1)
     if side == size:
         return tensor.contiguous()

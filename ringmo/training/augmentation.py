@@ -29,7 +29,7 @@ def augment(
     """
     count = len(images)
     area = random.uniform(*crop_scale, count)
-    aspect = np.exp(random.uniform(*np.log(ASPECT), count))
+    aspect = np.exp(random.uniform(np.log(ASPECT[0]), np.log(ASPECT[1]), count))
     width = np.minimum(np.sqrt(area * aspect), 1)
     height = np.minimum(np.sqrt(area / aspect), 1)
     # In grid_sample's coordinates the image reaches from -1 to 1.
