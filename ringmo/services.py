@@ -210,6 +210,9 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     env = environment(workspace)
     # The servers are local ones: what the environment says about others is not for them.
     env.pop("MLFLOW_TRACKING_URI", None) if name == "mlflow" else None
+    if name == "mlflow":
+        # Its job runner is eight processes and 2 GB for features that nothing here uses.
+        env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
