@@ -6,6 +6,7 @@ a picture that is grey from the middle on.
 
 import io
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,23 +62,19 @@ def _pillow(data: bytes) -> Pixels:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
-                image: Image.Image = opened
-                if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                    raise BadInput("more than 8 bits a band")
-                image.load()
-                if image.mode == "1":
-                    image = image.convert("L")
-                elif image.mode in ("P", "CMYK", "RGBA", "PA"):
-                    image = image.convert("RGB")
-                elif image.mode == "LA":
-                    image = image.convert("L")
-                pixels = np.asarray(image)
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
+            image: Image.Image = opened
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise BadInput("more than 8 bits a band")
+            image.load()
+            if image.mode in ("1", "LA"):
+                image = image.convert("L")
+            elif image.mode in ("P", "CMYK", "RGBA", "PA"):
+                image = image.convert("RGB")
+            pixels = np.asarray(image)
     except BadInput:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadInput(f"damaged image: {_short(error)}") from None
@@ -85,20 +82,29 @@ def _pillow(data: bytes) -> Pixels:
 
 
 def _tiff(data: bytes) -> Pixels:
-    import rasterio
     from rasterio.errors import RasterioError, RasterioIOError
     from rasterio.io import MemoryFile
 
+    expect_no_coordinates()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            with MemoryFile(data) as memory, memory.open() as scene:
-                if scene.dtypes[0] != "uint8":
-                    raise BadInput(f"bands of {scene.dtypes[0]}, not uint8")
-                bands: Any = scene.read(colour_bands(scene))
+        with MemoryFile(data) as memory, memory.open(driver="GTiff") as scene:
+            if scene.dtypes[0] != "uint8":
+                raise BadInput(f"bands of {scene.dtypes[0]}, not uint8")
+            bands: Any = scene.read(colour_bands(scene))
     except (RasterioIOError, RasterioError) as error:
         raise BadInput(f"damaged TIFF: {_short(error)}") from None
     return np.ascontiguousarray(bands.transpose(1, 2, 0))
+
+
+@lru_cache(maxsize=1)
+def expect_no_coordinates() -> None:
+    """Silence rasterio about images without coordinates: here they are the rule.
+
+    Once and for the process: a filter set and taken back in one thread leaks into others.
+    """
+    from rasterio.errors import NotGeoreferencedWarning
+
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 
 def colour_bands(scene: Any) -> list[int]:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,9 +95,13 @@ def ingest(config: Config, workspace: Workspace) -> Report:
         BadInput: a source is missing or has no usable image, more than ingest.max_bad_share of
             the images cannot be used, or the store is damaged; the store is as it was.
     """
+    from PIL.Image import DecompressionBombWarning
+
     started = time.monotonic()
     try:
-        with _alone(workspace):
+        with _alone(workspace), warnings.catch_warnings():
+            # Large is what scenes are; `scenes` refuses bombs by a rule of its own.
+            warnings.simplefilter("ignore", DecompressionBombWarning)
             report = _ingest(config, workspace)
     except OSError as error:
         where = error.filename or workspace.store

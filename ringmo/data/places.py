@@ -117,11 +117,10 @@ def _degrees(rows: Sequence[Row]) -> tuple[NDArray[np.intp], NDArray[np.float64]
         native = np.array([[rows[i][n] for n in ("minx", "miny", "maxx", "maxy")] for i in members])
         corners = native[:, [0, 1, 0, 3, 2, 1, 2, 3]].reshape(-1, 4, 2)
         if crs != "EPSG:4326":
-            from rasterio.warp import transform
-
-            lon, lat = transform(crs, "EPSG:4326", corners[..., 0].ravel(), corners[..., 1].ravel())
-            corners = np.stack([lon, lat], axis=-1).reshape(-1, 4, 2)
-        span = np.ptp(corners[..., 0], axis=1)
+            corners = _project(crs, corners)
+        corners[~np.isfinite(corners).all(axis=(1, 2))] = np.inf
+        with np.errstate(invalid="ignore"):
+            span = np.ptp(corners[..., 0], axis=1)
         wraps = (span > 180) & (span < 360)
         corners[wraps, :, 0] %= 360
         box = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
@@ -131,6 +130,22 @@ def _degrees(rows: Sequence[Row]) -> tuple[NDArray[np.intp], NDArray[np.float64]
         numbers += [number[usable], number[beyond]]
         boxes += [box[usable], box[beyond] - [360.0, 0.0, 360.0, 0.0]]
     return np.concatenate(numbers), np.concatenate(boxes)
+
+
+def _project(crs: str, corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (N, 4, 2) to longitude and latitude; infinite where they lie off the Earth."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.warp import transform
+
+    xs, ys = corners[..., 0].ravel(), corners[..., 1].ravel()
+    try:
+        projected = np.stack(transform(crs, "EPSG:4326", xs, ys), axis=-1)
+    except CPLE_BaseError:
+        # One point beyond the horizon of a geostationary view spoils the whole call.
+        if len(corners) == 1:
+            return np.full_like(corners, np.inf)
+        return np.concatenate([_project(crs, corner[None]) for corner in corners])
+    return projected.reshape(corners.shape)
 
 
 def assign(

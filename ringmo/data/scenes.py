@@ -8,7 +8,6 @@ import hashlib
 import io
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ GDAL = {
     "GDAL_CACHEMAX": 256,
     "CPL_LOG": os.devnull,
 }
+DRIVERS = {"tif": "GTiff", "png": "PNG", "jpg": "JPEG"}
 # Real imagery compresses a few times, blank paper perhaps a hundred; zlib's limit is 1032.
 BOMB_BYTES, BOMB_RATIO = 256e6, 200
 METRES_PER_DEGREE = 111_320
@@ -71,7 +71,7 @@ def sensor_of(bands: int, dtype: str, sensors: dict[str, Sensor]) -> str:
 
     near = min(sensors, key=distance)
     raise BadInput(
-        f"{bands} band{'s' * (bands != 1)} of {dtype} fit no sensor (nearest: {near}, "
+        f"{bands} band{'s fit' if bands != 1 else ' fits'} no sensor, of {dtype} (nearest: {near}, "
         f"{len(sensors[near].bands)} bands of {sensors[near].dtype})"
     )
 
@@ -103,12 +103,10 @@ def _header(path: Path) -> tuple[int, int, int, str]:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                bands = {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.get(image.mode, 1)
-                deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-                return image.width, image.height, bands, "uint16" if deep else "uint8"
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            bands = {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.get(image.mode, 1)
+            deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+            return image.width, image.height, bands, "uint16" if deep else "uint8"
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -135,13 +133,14 @@ def _refuse_bomb(path: Path, raw: int) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.errors import RasterioError
 
+    decode.expect_no_coordinates()
     try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path, driver=["GTiff", "PNG", "JPEG"]) as scene:
-                yield scene
+        with path.open("rb") as file:
+            driver = DRIVERS[decode.kind(file.read(16)) or "tif"]
+        with rasterio.Env(**GDAL), rasterio.open(path, driver=driver) as scene:
+            yield scene
     except (RasterioError, MemoryError) as error:
         raise BadInput(f"damaged image: {_reason(error, path)}") from None
 
