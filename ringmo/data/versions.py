@@ -123,10 +123,10 @@ def stages(workspace: Workspace) -> list[StageInfo]:
     os.environ.update(quiet_telemetry(os.environ))
     try:
         with Repo(str(workspace.root)) as repo:
-            found = {s.addressing: s for s in repo.index.stages if s.cmd}
+            found = {s.name: s for s in repo.index.stages if s.cmd}
             graph = repo.index.graph
             upstream = {
-                name: tuple(sorted(u.addressing for u in graph.successors(s) if u.cmd))
+                name: tuple(sorted(u.name for u in graph.successors(s) if u.cmd))
                 for name, s in found.items()
             }
             described = {name: _info(stage, upstream[name]) for name, stage in found.items()}
@@ -143,7 +143,7 @@ def _info(stage: Any, upstream: tuple[str, ...]) -> StageInfo:
         for name in getattr(dep, "params", None) or []
     ]
     return StageInfo(
-        name=stage.addressing,
+        name=stage.name,
         desc=stage.desc or "",
         deps=tuple(d.def_path for d in stage.deps if not getattr(d, "params", None)),
         outs=tuple(out.def_path for out in stage.outs),
