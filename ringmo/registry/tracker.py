@@ -406,8 +406,9 @@ class Tracker:
             mlflow = _mlflow()
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=kept.parent) as scratch, self._asking():
-                mlflow.set_tracking_uri(self.uri)
-                fetched = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch)
+                fetched = mlflow.artifacts.download_artifacts(
+                    artifact_uri=uri, dst_path=scratch, tracking_uri=self.uri
+                )
                 with contextlib.suppress(FileExistsError):
                     Path(fetched).rename(kept)
         return kept

@@ -119,18 +119,22 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *, keeps_artifacts: bool = False) -> None:
         env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
         env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
             "false"  # seven processes that nothing here uses
+        )
+        artifacts = (
+            ("--serve-artifacts", "--artifacts-destination", str(self.folder / "kept"))
+            if keeps_artifacts
+            else ("--no-serve-artifacts", "--default-artifact-root", str(self.folder / "artifacts"))
         )
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
                 *("--port", str(self.port), "--workers", "1"),
                 *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
-                *("--default-artifact-root", str(self.folder / "artifacts")),
-                "--no-serve-artifacts",
+                *artifacts,
             ],
             env=env,
             stdout=subprocess.DEVNULL,
@@ -160,13 +164,14 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path, fresh_database: Path) -> Iterator[Server]:
+def server(tmp_path: Path, fresh_database: Path, request: Any) -> Iterator[Server]:
+    """Running; with `indirect` parameter True, one that keeps artifacts itself."""
     folder = tmp_path / "server"
     folder.mkdir()
     shutil.copyfile(fresh_database, folder / "mlflow.db")
     made = Server(folder)
-    made.start()
     try:
+        made.start(keeps_artifacts=getattr(request, "param", False))
         yield made
     finally:
         made.stop()

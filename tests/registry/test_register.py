@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringmo.config import Config
-from ringmo.errors import BadInput
+from ringmo.errors import BadInput, Unreachable
 from ringmo.registry.register import open_bundle, register
 from ringmo.registry.tracker import Tracker
 from ringmo.stage import Report
@@ -104,6 +104,23 @@ def test_files_changed_after_registration_are_noticed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("server", [True], indirect=True)
+def test_a_server_that_keeps_the_files_gives_them_back(
+    workspace: Workspace, config: Config, make_model: Any, server: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    make_model()
+    version = register(config, workspace, "scene", {"verdict": "passed"})
+    assert version.source.startswith("mlflow-artifacts:")
+    model = open_bundle(Tracker(workspace), version)
+    model.check_example()
+    assert model.folder == workspace.state / "bundles" / version.bundle_hash
+    server.stop()
+    with pytest.raises(Unreachable):
+        register(config, workspace, "scene", {})
+
+
+@pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_whole_versions_only(
     tracked: Workspace, config: Config, make_model: Any
 ) -> None:
@@ -128,7 +145,7 @@ def test_killed_at_any_moment_it_leaves_whole_versions_only(
     second.join()
     takes = time.monotonic() - begun
     killed = 0
-    for i in range(12):
+    for i in range(8):
         make_model(i)
         process = start.Process(target=_register, args=(tracked.root,))
         process.start()
@@ -141,4 +158,4 @@ def test_killed_at_any_moment_it_leaves_whole_versions_only(
         assert [v.version for v in versions] == list(range(i + 3, 0, -1))
         assert versions[0].aliases == ("candidate",) and versions[0].tags["flow_run"] == "f7"
         open_bundle(Tracker(tracked), versions[0]).check_example()
-    assert killed >= 3
+    assert killed >= 2
