@@ -835,12 +835,9 @@ def _tidy(feed: _Feed) -> None:
 
 
 def _data_version(workspace: Workspace) -> str | None:
-    try:
-        from ringmo.data.versions import data_version
-    except ImportError:
-        return None
-    version: str | None = data_version(workspace)
-    return version
+    from ringmo.data.versions import data_version
+
+    return data_version(workspace)
 
 
 def _made_up(workspace: Workspace) -> bool:
