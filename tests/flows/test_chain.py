@@ -161,11 +161,11 @@ def test_a_corrected_label_trains_the_task_and_not_the_encoder(
 ) -> None:
     moved = sorted((imagery / "town").glob("*.jpg"))[0]
     shutil.move(moved, imagery / "harbour" / moved.name)
-    shards = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    shards = {p: p.read_bytes() for p in place.store.glob("*.tar")}
     answer = run(place)
     assert answer["stages"]["pretrain"] == "cached"
     assert answer["stages"]["finetune@scene"] == "done"
-    assert shards == {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    assert shards == {p: p.read_bytes() for p in place.store.glob("*.tar")}
     assert answer["tasks"]["scene"]["model"] == "scene/2"
     assert answer["data"]["data_version"] != first["data"]["data_version"]
 
@@ -173,12 +173,12 @@ def test_a_corrected_label_trains_the_task_and_not_the_encoder(
 def test_new_imagery_adds_shards_and_trains_anew(
     first: dict[str, Any], place: Workspace, imagery: Path
 ) -> None:
-    shards = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    shards = {p: p.read_bytes() for p in place.store.glob("*.tar")}
     write_class_folders(imagery, each=4, seed=7)
     answer = run(place)
     assert answer["data"]["new_tiles"] == 16
     assert answer["stages"]["pretrain"] == "done"
-    after = {p: p.read_bytes() for p in (place.store / "shards").iterdir()}
+    after = {p: p.read_bytes() for p in place.store.glob("*.tar")}
     assert {p: after[p] for p in shards} == shards
     assert len(after) > len(shards)
 
