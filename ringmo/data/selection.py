@@ -1,15 +1,16 @@
-"""Which tiles a training may see: small tables of keys, content hashes, splits and labels.
+"""Which tiles a training may see, and in which split: small tables of keys and hashes.
 
-Trainings depend on these and not on the store, so that a corrected label or a new file in another
-sensor's folder does not train an encoder anew.
+Trainings depend on these and not on the store, so that a corrected label runs one fine-tuning
+again and not the pre-training.
 """
 
-import shutil
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringmo.config import Config, digest
-from ringmo.data.store import TileStore
+from ringmo import console
+from ringmo.config import Config
+from ringmo.data import store
 from ringmo.errors import BadInput
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
@@ -17,78 +18,70 @@ from ringmo.workspace import Workspace
 if TYPE_CHECKING:
     import pandas
 
+PRETRAIN_COLUMNS = {"key": "string", "content_hash": "string", "split": "string"}
+TASK_COLUMNS = {**PRETRAIN_COLUMNS, "label": "string"}
+KEPT = "kept-selection.parquet"
+
 
 def select(config: Config, workspace: Workspace, out: Path) -> Report:
-    """Write out/pretrain.parquet and, for each task, out/TASK.parquet, sorted by key.
+    """Write out/pretrain.parquet (train and val, no labels) and out/scene.parquet (labelled).
 
-    Test tiles are in no selection for pre-training. Blank tiles train nothing.
-
-    Report figures: tiles, labelled, classes, train, val, test, blank.
+    Test tiles are never in the first, blank ones never among what trains.
 
     Raises:
-        BadInput: the store has no tile of select.sensor that can train.
+        BadInput: the manifest is missing or damaged, or no tile of the sensor can train.
     """
-    manifest = TileStore(workspace.store).manifest()
-    usable = manifest[
-        (manifest["sensor"] == config.select.sensor) & (manifest["split"] != "unused")
-    ]
-    blank = (usable["std"] < config.validate_.min_std) & (usable["split"] != "test")
-    usable = usable[~blank].sort_values("key", ignore_index=True)
+    tiles = store.TileStore(workspace.store).manifest()
+    tiles = tiles[tiles["sensor"] == config.select.sensor].sort_values("key")
+    blank = (tiles["std"] < config.validate_.min_std) & (tiles["split"] != "test")
+    tiles = tiles[~blank]
 
-    kept_file = workspace.state / "kept-selection.parquet"
-    pretraining = usable[usable["split"].isin(["train", "val"])]
-    pretraining = pretraining[["key", "content_hash", "split"]]
-    if config.pretrain.refresh == "keep" and kept_file.exists():
-        pretraining = _kept(kept_file, pretraining)
-    if not (pretraining["split"] == "train").any():
+    seen = tiles[tiles["split"].isin(["train", "val"])][list(PRETRAIN_COLUMNS)]
+    if not (seen["split"] == "train").any():
         raise BadInput(
-            f"no tile of sensor {config.select.sensor} is left to train on: ingest more imagery"
+            f"no tile of sensor `{config.select.sensor}` to train on: "
+            f"see select.sensor in params.yaml and what `ringmo ingest` found"
         )
-    _write(pretraining, out / "pretrain.parquet")
+    kept = workspace.state / KEPT
+    if config.pretrain.refresh == "keep" and kept.exists():
+        remedy = "remove it, or set pretrain.refresh to full"
+        before = store.read_table(kept, PRETRAIN_COLUMNS, remedy)
+        # A tile that has left the store cannot be read; its absence is no new imagery.
+        seen = before.merge(tiles[["key", "content_hash"]], on=["key", "content_hash"])
+        seen = seen.sort_values("key")
+    store.write_table(out / "pretrain.parquet", seen, PRETRAIN_COLUMNS)
+    store.write_table(kept, seen, PRETRAIN_COLUMNS)
 
-    labelled = usable[usable["label"].notna()][["key", "content_hash", "split", "label"]]
-    if config.select.labels_per_class is not None:
-        labelled = _fewer(labelled, config.select.labels_per_class, config.split.seed)
+    usable = tiles["split"].isin(["train", "val", "test"]) & tiles["label"].notna()
+    labelled = _fewer_labels(tiles[usable][list(TASK_COLUMNS)], config)
     for task in config.tasks:
-        _write(labelled, out / f"{task}.parquet")
+        store.write_table(out / f"{task}.parquet", labelled, TASK_COLUMNS)
 
-    # DVC removes the outputs before a stage runs; what `refresh: keep` keeps lies elsewhere.
-    kept_file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept_file.with_suffix(".tmp")
-    shutil.copyfile(out / "pretrain.parquet", temporary)
-    temporary.replace(kept_file)
-    return Report(
-        "select",
-        figures={
-            "tiles": len(pretraining),
-            "labelled": len(labelled),
-            "classes": int(labelled["label"].nunique()),
-            **{
-                split: int((labelled["split"] == split).sum()) for split in ("train", "val", "test")
-            },
-            "blank": int(blank.sum()),
-        },
+    splits = labelled["split"].value_counts()
+    report = Report("select")
+    report.figures = {
+        "tiles": len(seen),
+        "labelled": len(labelled),
+        "classes": int(labelled["label"].nunique()),
+        **{split: int(splits.get(split, 0)) for split in ("train", "val", "test")},
+        "blank": int(blank.sum()),
+        "generated": bool(tiles["generated"].any()),
+    }
+    console.note(
+        "select: {tiles} tiles to pre-train on; {labelled} labelled in {classes} classes: "
+        "{train} train, {val} val, {test} test".format(**report.figures)
     )
+    return report
 
 
-def _kept(file: Path, present: "pandas.DataFrame") -> "pandas.DataFrame":
-    """The selection of the run before, less the tiles that are gone."""
-    import pandas as pd
-
-    kept = pd.read_parquet(file)
-    return kept[kept["key"].isin(present["key"])].reset_index(drop=True)
-
-
-def _fewer(tiles: "pandas.DataFrame", most: int, seed: int) -> "pandas.DataFrame":
-    """At most this many training tiles a class; the same ones each time, and more adds to them."""
-    order = [digest(key, seed) for key in tiles["key"]]
-    rank = tiles.assign(order=order).groupby(["split", "label"])["order"].rank()
-    return tiles[(tiles["split"] != "train") | (rank <= most)].reset_index(drop=True)
-
-
-def _write(table: "pandas.DataFrame", path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {name: pyarrow.array(table[name].tolist(), pyarrow.string()) for name in table}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+def _fewer_labels(labelled: "pandas.DataFrame", config: Config) -> "pandas.DataFrame":
+    """At most select.labels_per_class training samples a class: the first by a seeded hash, so
+    that fewer are always among more."""
+    limit = config.select.labels_per_class
+    if limit is None:
+        return labelled
+    train = labelled[labelled["split"] == "train"]
+    seed = config.split.seed
+    order = train["key"].map(lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
+    rank = order.groupby(train["label"]).rank(method="first")
+    return labelled.drop(index=train.index[rank > limit])

@@ -1,33 +1,44 @@
-"""The door to DVC: versions of the tile store, the stage graph of dvc.yaml, and what changed in it.
+"""DVC's door: data versions, the stage graph, what changed, and copies on a remote.
 
-The only module that knows DVC. What takes DVC's lock goes through its command line, which can
-wait for it; the graph is read in this process, which is faster. A data version is the hash DVC
-gives the store's folder; data/versions.jsonl lists them, one JSON object a line, appended.
+A data version is DVC's hash of the tile store. Reading (graph, status) happens in this process,
+which is quicker; whatever writes is a `dvc` process of its own, by this Python, whatever PATH is.
 """
 
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringmo.config import Config, read_yaml
-from ringmo.environment import quiet_telemetry
-from ringmo.errors import BadInput, RingmoError, Unreachable
+from ringmo.data import store
+from ringmo.errors import BadInput, Unreachable
 from ringmo.stage import REVISIONS
 from ringmo.workspace import Workspace
 
-STORE = "data/store"
-REMOTE = "ringmo"
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+REMOTE = "main"
+# Seconds to find that a store does not answer; DVC's own default is minutes, several times over.
+CONNECT_TIMEOUT_S = 10
+# What the lines of a remote that does not answer say, among everything DVC may complain of.
+NO_ANSWER = (
+    *("could not connect", "connection refused", "connect timeout", "read timeout", "timed out"),
+    *("cannot connect", "name or service not known", "temporary failure in name resolution"),
+    *("connection was closed", "connection reset", "service unavailable", "max retries"),
+    *("nodename nor servname", "failed to connect", "could not contact", "connect call failed"),
+)
 
 
 @dataclass(frozen=True)
 class StageInfo:
-    """A stage of dvc.yaml. `upstream`: names of the stages whose outputs it reads."""
+    """A stage of dvc.yaml. Paths are relative to the workspace; upstream: stages it reads from."""
 
     name: str
     desc: str
@@ -37,246 +48,266 @@ class StageInfo:
     upstream: tuple[str, ...]
 
 
-# Data versions
-
-
 def add_store(workspace: Workspace, config: Config) -> str:
-    """Give the store's present state to DVC, and list it if it is new. Returns the data version."""
-    del config
-    _dvc(workspace, "add", STORE)
+    """Put the tile store under DVC, and a new version into the log; returns the version."""
+    if not (workspace.store / store.MANIFEST).exists():
+        raise BadInput(f"{workspace.store / store.MANIFEST} is missing: run `ringmo ingest`")
+    _dvc(workspace, "add", "--quiet", "data/store")
     version = data_version(workspace)
     if version is None:
-        raise BadInput(f"{workspace.store}: DVC did not record the store")
-    if all(row["version"] != version for row in _listed(workspace)):
-        line = json.dumps(_describe(workspace, version), ensure_ascii=False)
-        with workspace.versions_file.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        raise BadInput(f"{_store_file(workspace)}: DVC recorded no hash for the tile store")
+    if version not in [row["version"] for row in versions(workspace)]:
+        row = _describe(workspace, config, version)
+        with workspace.versions_file.open("a") as log:
+            log.write(json.dumps(row, ensure_ascii=False) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
     return version
 
 
+def _describe(workspace: Workspace, config: Config, version: str) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    manifest = store.TileStore(workspace.store).manifest()
+    quarantine = workspace.store / store.QUARANTINE
+    return {
+        "version": version,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tiles": len(manifest),
+        "classes": int(manifest["label"].nunique()),
+        "labelled": int(manifest["label"].notna().sum()),
+        "set_aside": pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
+        "sources": list(config.ingest.sources),
+        "generated": bool(manifest["generated"].any()),
+    }
+
+
 def data_version(workspace: Workspace) -> str | None:
-    """The store's DVC hash as last added, such as `ab12….dir`; None before the first ingest."""
-    try:
-        recorded = read_yaml(workspace.store.with_name("store.dvc"))
-    except BadInput:
+    """DVC's hash of the tile store as last added; None before the first `add_store`."""
+    path = _store_file(workspace)
+    if not path.exists():
         return None
-    return str(recorded["outs"][0]["md5"])
+    try:
+        version = read_yaml(path)["outs"][0]["md5"]
+    except (KeyError, IndexError, TypeError):
+        raise BadInput(f"{path} is damaged: run `ringmo ingest`") from None
+    return str(version)
 
 
 def versions(workspace: Workspace) -> list[dict[str, Any]]:
-    """Every data version, oldest first: version, time, tiles, classes, labelled, set_aside,
-    sources, generated, current."""
-    now = data_version(workspace)
-    return [row | {"current": row["version"] == now} for row in _listed(workspace)]
-
-
-def _listed(workspace: Workspace) -> list[dict[str, Any]]:
-    try:
-        lines = workspace.versions_file.read_text().splitlines()
-    except FileNotFoundError:
+    """The log of data versions, oldest first: version, time (UTC), tiles, classes, labelled,
+    set_aside, sources, generated. A last line cut short by a kill is passed over."""
+    if not workspace.versions_file.exists():
         return []
     rows = []
-    for number, line in enumerate(lines, 1):
+    for line in workspace.versions_file.read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):  # the last one may be half: a kill while it was written
-                raise BadInput(f"{workspace.versions_file}, line {number}: not JSON") from None
+        except ValueError:
+            continue
     return rows
 
 
-def _describe(workspace: Workspace, version: str) -> dict[str, Any]:
-    import pyarrow.parquet
-
-    ingest = json.loads((workspace.store / "history.json").read_text())["ingests"][-1]
-    quarantine = workspace.store / "quarantine.parquet"
-    labels = {label: count for label, count in ingest["classes"].items() if count}
-    return {
-        "version": version,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "tiles": ingest["tiles"],
-        "classes": len(labels),
-        "labelled": sum(labels.values()),
-        "set_aside": pyarrow.parquet.read_metadata(quarantine).num_rows
-        if quarantine.exists()
-        else 0,
-        "sources": ingest["sources"],
-        "generated": ingest["generated"],
-        "ingest": ingest["ordinal"],
-    }
-
-
-# The stage graph
-
-
 def stages(workspace: Workspace) -> list[StageInfo]:
-    """The stages of dvc.yaml, each after those it depends on.
+    """The stages of dvc.yaml, each after those it reads from."""
+    from dvc.dependency.param import ParamsDependency
+    from dvc.stage import PipelineStage
 
-    Raises:
-        BadInput: dvc.yaml cannot be read; one line.
-    """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+    with _repo(workspace) as repo:
+        found: dict[str, StageInfo] = {}
+        for stage in repo.index.stages:
+            if not isinstance(stage, PipelineStage):
+                continue
+            files = [dep for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+            params = [dep for dep in stage.deps if isinstance(dep, ParamsDependency)]
+            found[stage.name] = StageInfo(
+                name=stage.name,
+                desc=stage.desc or "",
+                deps=tuple(_relative(workspace, dep) for dep in files),
+                outs=tuple(_relative(workspace, out) for out in stage.outs),
+                params=tuple(name for dep in params for name in _params(workspace, dep)),
+                upstream=tuple(
+                    sorted(
+                        other.name
+                        for other in repo.index.graph.successors(stage)
+                        if isinstance(other, PipelineStage)
+                    )
+                ),
+            )
+    ordered: list[StageInfo] = []
+    while found:
+        done = {stage.name for stage in ordered}
+        ready = next(stage for stage in found.values() if set(stage.upstream) <= done)
+        ordered.append(found.pop(ready.name))
+    return ordered
 
-    os.environ.update(quiet_telemetry(os.environ))
-    try:
-        with Repo(str(workspace.root)) as repo:
-            found = {s.name: s for s in repo.index.stages if s.cmd}
-            graph = repo.index.graph
-            upstream = {
-                name: tuple(sorted(u.name for u in graph.successors(s) if u.cmd))
-                for name, s in found.items()
-            }
-            described = {name: _info(stage, upstream[name]) for name, stage in found.items()}
-    except DvcException as error:
-        line = str(error).strip().splitlines()[0]
-        raise BadInput(f"{workspace.root / 'dvc.yaml'}: {line}") from error
-    return [described[name] for name in TopologicalSorter(upstream).static_order()]
+
+def _relative(workspace: Workspace, item: Any) -> str:
+    return Path(item.fs_path).relative_to(workspace.root).as_posix()
 
 
-def _info(stage: Any, upstream: tuple[str, ...]) -> StageInfo:
-    params = [
-        f"{dep.def_path}:{name}"
-        for dep in stage.deps
-        for name in getattr(dep, "params", None) or []
-    ]
-    return StageInfo(
-        name=stage.name,
-        desc=stage.desc or "",
-        deps=tuple(d.def_path for d in stage.deps if not getattr(d, "params", None)),
-        outs=tuple(out.def_path for out in stage.outs),
-        params=tuple(params),
-        upstream=upstream,
-    )
+def _params(workspace: Workspace, dependency: Any) -> list[str]:
+    """`section.key` for params.yaml, `file:key` for another file."""
+    file = _relative(workspace, dependency)
+    return [key if file == "params.yaml" else f"{file}:{key}" for key in dependency.params]
 
 
 def changed(workspace: Workspace) -> dict[str, list[str]]:
-    """Stage → why it must run, in words; stages without a reason are not in it."""
-    out = _dvc(workspace, "status", "--json")
-    status = json.loads(out or "{}")
-    return {
-        name: [reason for entry in entries for reason in _reasons(entry)]
-        for name, entries in status.items()
-        if not name.endswith(".dvc")
-    }
-
-
-def _reasons(entry: Any) -> list[str]:
-    if isinstance(entry, str):
-        return [entry]  # such as "changed command"
-    reasons = []
-    for what, paths in entry.items():
-        for path, how in paths.items():
-            if isinstance(how, dict):  # parameters: file → {key: how}
-                reasons += [f"{key} {kind}" for key, kind in how.items()]
-            else:
-                reasons.append(f"{path} {how}" if what == "changed deps" else f"output {how}")
+    """Stage → why it would run, in DVC's words; stages that are up to date are left out."""
+    with _repo(workspace) as repo:
+        status = repo.status()
+    reasons: dict[str, list[str]] = {}
+    for name, entries in status.items():
+        if name.endswith(".dvc"):
+            continue
+        # From another folder DVC names a stage FILE:NAME.
+        found = reasons.setdefault(name.rpartition(":")[2], [])
+        for entry in entries:
+            if isinstance(entry, str):  # "changed command", "always changed"
+                found.append(entry)
+                continue
+            for items in entry.values():
+                for item, state in items.items():
+                    if isinstance(state, dict):
+                        found += [f"{key} {what}" for key, what in state.items()]
+                    else:
+                        found.append(f"{item} {state}")
     return reasons
 
 
 def repro_command(workspace: Workspace, stage: str) -> list[str]:
-    """The command that runs one stage, through DVC, by this Python."""
-    del workspace
-    return [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    """The command that runs one stage if it changed, with this Python's `ringmo` first in PATH."""
+    here = Path(sys.executable).parent
+    return [
+        "/usr/bin/env",
+        f"PATH={here}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        f"RINGMO_WORKSPACE={workspace.root}",
+        *_python_dvc(workspace),
+        *("--wait-for-lock", "repro", "--single-item", stage),
+    ]
 
 
 def lock_entry(workspace: Workspace, stage: str) -> dict[str, Any]:
-    """The stage's entry in dvc.lock: what it read, with which parameters, and what it wrote."""
-    try:
-        lock = read_yaml(workspace.root / "dvc.lock")
-    except BadInput:
+    """The stage's entry in dvc.lock: command, deps and outs with hashes, params; empty if none."""
+    path = workspace.root / "dvc.lock"
+    if not path.exists():
         return {}
-    entry: dict[str, Any] = lock.get("stages", {}).get(stage, {})
+    entry: dict[str, Any] = ((read_yaml(path) or {}).get("stages") or {}).get(stage) or {}
     return entry
 
 
 def sync_revisions(workspace: Workspace) -> None:
-    """Write the code's revisions to the workspace, where DVC sees them as parameters."""
+    """Bring revisions.yaml to this code's revisions, keeping its comment."""
+    from ruamel.yaml import YAML
+
     path = workspace.root / "revisions.yaml"
-    comments = "".join(
-        line + "\n"
-        for line in (path.read_text().splitlines() if path.exists() else [])
-        if line.startswith("#")
-    )
-    text = comments + "".join(f"{stage}: {number}\n" for stage, number in REVISIONS.items())
-    if not path.exists() or path.read_text() != text:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-
-
-# The remote
+    if path.exists() and read_yaml(path) == REVISIONS:
+        return
+    yaml = YAML()
+    document = (yaml.load(path) if path.exists() else None) or {}
+    for name in [name for name in document if name not in REVISIONS]:
+        del document[name]
+    document.update(REVISIONS)
+    temporary = path.with_name(f".{path.name}.tmp")
+    yaml.dump(document, temporary)
+    temporary.replace(path)
 
 
 def push(workspace: Workspace, config: Config) -> None:
-    """Send the store and every stage's outputs to the remote of params.yaml.
+    """Copy what DVC holds and the remote lacks.
 
     Raises:
-        Unreachable: the remote does not answer or refuses. BadInput: a folder that cannot be used.
+        Unreachable: the remote does not answer.
+        BadInput: it refuses.
     """
-    _configure(workspace, config)
-    _to_remote(workspace, config, "push", "--no-run-cache")
+    _set_remote(workspace, config)
+    _dvc(workspace, "push", "--quiet", "--no-run-cache", "--remote", REMOTE)
 
 
 def pull(workspace: Workspace, config: Config) -> None:
-    """Fetch what dvc.lock and data/store.dvc name from the remote of params.yaml.
+    """Bring the tile store and results that the workspace's DVC files name.
 
-    Raises: as `push`.
+    Raises:
+        Unreachable, BadInput: as in `push`.
     """
-    _configure(workspace, config)
-    _to_remote(workspace, config, "pull", "--no-run-cache")
+    _set_remote(workspace, config)
+    arguments = ("pull", "--quiet", "--no-run-cache", "--allow-missing", "--force")
+    _dvc(workspace, *arguments, "--remote", REMOTE)
 
 
-def _to_remote(workspace: Workspace, config: Config, *arguments: str) -> None:
-    remote = config.versioning.remote
-    kind = Unreachable if "://" in remote else BadInput
-    _dvc(workspace, *arguments, "--remote", REMOTE, failure=kind, about=f"remote {remote}")
+def _set_remote(workspace: Workspace, config: Config) -> None:
+    """Write the remote of params.yaml into .dvc/config, so that plain `dvc pull` works too."""
+    from dvc.config import RelPath
 
-
-def _configure(workspace: Workspace, config: Config) -> None:
-    """Make DVC's remote what params.yaml says. Secrets stay in the environment."""
-    wanted = config.versioning.remote
-    url = wanted if "://" in wanted else os.path.relpath(workspace.root / wanted, workspace.root)
-    endpoint = config.versioning.endpoint or ""
-    marker = workspace.state / "dvc-remote"
-    key = f"{url}\n{endpoint}"
-    if marker.exists() and marker.read_text() == key:
-        return
-    _dvc(workspace, "remote", "add", "--force", "--default", REMOTE, url)
-    if endpoint:
-        _dvc(workspace, "remote", "modify", REMOTE, "endpointurl", endpoint)
+    url = config.versioning.remote
+    inside = False
+    wanted: dict[str, Any] = {}
     if "://" not in url:
-        Path(workspace.root / url).mkdir(parents=True, exist_ok=True)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(key)
+        folder = workspace.root / Path(url).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        url = str(folder)
+        inside = folder.resolve().is_relative_to(workspace.root)
+    elif url.startswith("s3://"):
+        wanted["connect_timeout"] = CONNECT_TIMEOUT_S
+        if config.versioning.endpoint:
+            wanted["endpointurl"] = config.versioning.endpoint
+    with _repo(workspace) as repo:
+        have = dict(repo.config["remote"].get(REMOTE, {}))
+        if have == {"url": url, **wanted} and repo.config["core"].get("remote") == REMOTE:
+            return
+        with repo.config.edit("repo") as file:
+            # A folder of the workspace is written relative, and moves with it.
+            written = RelPath(url) if inside else url
+            file.setdefault("remote", {})[REMOTE] = {"url": written, **wanted}
+            file.setdefault("core", {})["remote"] = REMOTE
 
 
-def _dvc(
-    workspace: Workspace,
-    *arguments: str,
-    failure: type[RingmoError] = BadInput,
-    about: str = "",
-) -> str:
-    """Run a DVC command in the workspace; its standard output, or one line of what went wrong."""
-    env = quiet_telemetry(os.environ)
-    # Stores that are not Amazon's refuse checksums they never asked for.
-    env.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    env.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    quiet = [] if "--json" in arguments else ["--quiet"]
-    command, *rest = arguments
+@contextmanager
+def _repo(workspace: Workspace) -> Iterator["Repo"]:
+    """DVC's view of the workspace; waits for a `dvc` at work there."""
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(workspace.root), _wait_for_lock=True) as repo:
+            yield repo
+    except NotDvcRepoError:
+        raise BadInput(
+            f"{workspace.root} has no .dvc: make a workspace with `ringmo init`"
+        ) from None
+    except DvcException as error:
+        raise BadInput(f"{workspace.root}: {_one_line(str(error))}") from None
+
+
+def _dvc(workspace: Workspace, *arguments: str) -> None:
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "NO_COLOR": "1"}
+    # S3-compatible stores do not all know the checksums that boto sends since 1.36.
+    for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+        environment.setdefault(name, "when_required")
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", command, *rest, *quiet],
-        cwd=workspace.root,
-        env=env,
-        stdin=subprocess.DEVNULL,
+        [*_python_dvc(workspace), "--wait-for-lock", *arguments],
+        env=environment,
         capture_output=True,
         text=True,
+        stdin=subprocess.DEVNULL,
     )
-    if done.returncode == 0:
-        return done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    said = (lines or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
-    where = f"{about}: " if about else ""
-    raise failure(f"dvc {command}: {where}{said.removeprefix('ERROR: ')}")
+    if done.returncode:
+        said = (done.stderr + done.stdout).strip()
+        errors = [line for line in said.splitlines() if line.startswith("ERROR")]
+        text = _one_line(" ".join(errors) or said or f"dvc ended with {done.returncode}")
+        if any(sign in said.lower() for sign in NO_ANSWER):
+            raise Unreachable(f"dvc {arguments[0]}: {text}")
+        raise BadInput(f"dvc {arguments[0]}: {text}")
+
+
+def _python_dvc(workspace: Workspace) -> list[str]:
+    return [sys.executable, "-m", "dvc", "--cd", str(workspace.root)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("ERROR: ", "").split())[:300]
+
+
+def _store_file(workspace: Workspace) -> Path:
+    return workspace.root / "data" / "store.dvc"
