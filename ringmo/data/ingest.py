@@ -317,7 +317,7 @@ def _gather(
 
     def settle(image: Image, read: Read) -> None:
         outcome = read.outcome
-        twin = first.setdefault(outcome.hash, image)
+        twin = image if outcome.reason else first.setdefault(outcome.hash, image)
         if twin is not image:
             gathered.duplicates.append((image, _same(twin, image)))
             return

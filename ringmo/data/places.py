@@ -73,11 +73,11 @@ def overlaps(rows: Sequence[Row], new: NDArray[np.bool_]) -> Iterator[tuple[int,
     Candidates are found by longitude and latitude; tiles of one CRS are compared in it, where
     footprints are exact rectangles.
     """
-    index, boxes = _degrees(rows)
+    index, boxes, shifted = _degrees(rows)
     if not len(index) or not new[index].any():
         return
     order = np.argsort(boxes[:, 0], kind="stable")
-    index, boxes = index[order], boxes[order]
+    index, boxes, shifted = index[order], boxes[order], shifted[order]
     west, south, east, north = boxes.T
     ends = np.searchsorted(west, east, side="left")
     fresh = new[index]
@@ -88,7 +88,7 @@ def overlaps(rows: Sequence[Row], new: NDArray[np.bool_]) -> Iterator[tuple[int,
             hit &= fresh[later]
         for j in np.flatnonzero(hit) + i + 1:
             a, b = int(index[i]), int(index[j])
-            if a != b and _share_ground(rows[a], rows[b]):
+            if a != b and (shifted[i] or shifted[j] or _share_ground(rows[a], rows[b])):
                 yield min(a, b), max(a, b)
 
 
@@ -102,10 +102,11 @@ def _share_ground(a: Row, b: Row) -> bool:
     return True
 
 
-def _degrees(rows: Sequence[Row]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Row numbers and their footprints as (west, south, east, north) in EPSG:4326.
-
-    A footprint across the 180th meridian appears twice, once on either side of the map.
+def _degrees(
+    rows: Sequence[Row],
+) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.bool_]]:
+    """Row numbers, their footprints as (west, south, east, north) in EPSG:4326, and which of
+    these are copies: a footprint across the 180th meridian appears on either side of the map.
     """
     by_crs: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -113,6 +114,7 @@ def _degrees(rows: Sequence[Row]) -> tuple[NDArray[np.intp], NDArray[np.float64]
             by_crs[row["crs"]].append(i)
     numbers: list[NDArray[np.intp]] = [np.empty(0, np.intp)]
     boxes: list[NDArray[np.float64]] = [np.empty((0, 4))]
+    shifted: list[NDArray[np.bool_]] = [np.empty(0, np.bool_)]
     for crs, members in sorted(by_crs.items()):
         native = np.array([[rows[i][n] for n in ("minx", "miny", "maxx", "maxy")] for i in members])
         corners = native[:, [0, 1, 0, 3, 2, 1, 2, 3]].reshape(-1, 4, 2)
@@ -129,7 +131,8 @@ def _degrees(rows: Sequence[Row]) -> tuple[NDArray[np.intp], NDArray[np.float64]
         beyond = usable & (box[:, 2] > 180)
         numbers += [number[usable], number[beyond]]
         boxes += [box[usable], box[beyond] - [360.0, 0.0, 360.0, 0.0]]
-    return np.concatenate(numbers), np.concatenate(boxes)
+        shifted += [np.zeros(usable.sum(), np.bool_), np.ones(beyond.sum(), np.bool_)]
+    return np.concatenate(numbers), np.concatenate(boxes), np.concatenate(shifted)
 
 
 def _project(crs: str, corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,37 @@
+"""A workspace over small imagery of its own."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def run(workspace: Any) -> Callable[..., Any]:
+    """Ingest folders into the workspace; keyword arguments are params (dots as two underscores)."""
+
+    def ingest_now(*sources: Path | str, **params: Any) -> Any:
+        from ringmo import config
+        from ringmo.config import Config
+        from ringmo.data.ingest import ingest
+
+        changes = {name.replace("__", "."): value for name, value in params.items()}
+        changes["ingest.sources"] = [str(source) for source in sources]
+        config.edit(workspace.params_file, changes)
+        return ingest(Config.load(workspace.params_file), workspace)
+
+    return ingest_now
+
+
+@pytest.fixture
+def manifest(workspace: Any) -> Callable[[], Any]:
+    def read() -> Any:
+        from ringmo.data.store import TileStore
+
+        return TileStore(workspace.store).manifest()
+
+    return read

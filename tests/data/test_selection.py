@@ -1,0 +1,125 @@
+"""Selections: test tiles never train, labels stay out of pre-training, and `keep` keeps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from small_imagery import class_folders, encoded, write
+
+from ringmo import config as params
+from ringmo.config import Config
+from ringmo.data.selection import select
+from ringmo.errors import BadInput
+from ringmo.stage import run_stage
+
+
+@pytest.fixture
+def choose(workspace) -> Callable[..., Any]:
+    def choose_now(**changes: Any) -> Any:
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        params.edit(workspace.params_file, changes)
+        config = Config.load(workspace.params_file)
+        return run_stage(workspace, "select", lambda out: select(config, workspace, out))
+
+    return choose_now
+
+
+def table(workspace: Any, name: str) -> Any:
+    import pandas as pd
+
+    return pd.read_parquet(workspace.work("select") / f"{name}.parquet")
+
+
+def test_pretraining_sees_no_test_tile_and_no_label(run, choose, workspace, manifest, tmp_path):
+    source = class_folders(tmp_path / "in", each=20)
+    write(source / "unlabelled" / "x.jpg", 5555)
+    run(source)
+    report = choose()
+    tiles, pretrain, scene = manifest(), table(workspace, "pretrain"), table(workspace, "scene")
+    assert list(pretrain.columns) == ["key", "content_hash", "split"]
+    assert set(pretrain["key"]) == set(tiles["key"][tiles["split"].isin(["train", "val"])])
+    assert set(scene["key"]) == set(tiles["key"][tiles["label"].notna()])
+    assert pretrain["key"].is_monotonic_increasing
+    assert report.figures["labelled"] == len(scene) == 60
+    assert report.figures["test"] == (scene["split"] == "test").sum() > 0
+
+
+def test_corrected_label_leaves_the_pretraining_selection_as_it_is(
+    run, choose, workspace, tmp_path
+):
+    source = class_folders(tmp_path / "in", each=10)
+    run(source)
+    choose()
+    before = (workspace.work("select") / "pretrain.parquet").read_bytes()
+    scene = (workspace.work("select") / "scene.parquet").read_bytes()
+    (source / "class0" / "0002.jpg").rename(source / "class2" / "x.jpg")
+    run(source)
+    choose()
+    assert (workspace.work("select") / "pretrain.parquet").read_bytes() == before
+    assert (workspace.work("select") / "scene.parquet").read_bytes() != scene
+
+
+def test_fewer_labels_are_among_more_and_spare_val_and_test(run, choose, workspace, tmp_path):
+    run(class_folders(tmp_path / "in", each=30))
+    choose()
+    every = table(workspace, "scene")
+    seen: set[str] = set()
+    for limit in (2, 5, 9):
+        choose(select__labels_per_class=limit)
+        scene = table(workspace, "scene")
+        train = scene[scene["split"] == "train"]
+        assert set(train["label"].value_counts()) == {limit}
+        assert seen < set(train["key"])
+        seen = set(train["key"])
+        others = every[every["split"] != "train"]
+        assert set(scene["key"][scene["split"] != "train"]) == set(others["key"])
+
+
+def test_blank_tiles_do_not_train(run, choose, workspace, manifest, tmp_path):
+    source = class_folders(tmp_path / "in")
+    for i in range(9):
+        flat = encoded(np.full((32, 32, 3), 10 * i, np.uint8))
+        (source / "class0" / f"flat{i}.png").write_bytes(flat)
+    run(source)
+    report = choose()
+    tiles = manifest().set_index("key")
+    assert report.figures["blank"] > 0
+    assert (tiles["std"][table(workspace, "pretrain")["key"]] > 2).all()
+
+
+def test_keep_leaves_new_imagery_out_until_full(run, choose, workspace, tmp_path):
+    source = class_folders(tmp_path / "in")
+    run(source)
+    choose()
+    before = table(workspace, "pretrain")
+    class_folders(source, start=50, each=6)
+    run(source)
+    choose(pretrain__refresh="keep")
+    assert table(workspace, "pretrain").equals(before)
+    assert len(table(workspace, "scene")) == 54
+    choose()  # again, from what was kept
+    assert table(workspace, "pretrain").equals(before)
+    (source / "class0" / "0000.jpg").unlink()
+    (source / "class0" / "0001.jpg").unlink()
+    run(source)
+    choose()
+    assert set(table(workspace, "pretrain")["key"]) <= set(before["key"])
+    choose(pretrain__refresh="full")
+    assert len(table(workspace, "pretrain")) > len(before)
+
+
+def test_no_labels_give_an_empty_task_selection(run, choose, workspace, tmp_path):
+    run(class_folders(tmp_path / "in"), ingest__labels="none")
+    report = choose()
+    assert report.figures["labelled"] == len(table(workspace, "scene")) == 0
+
+
+def test_no_tile_of_the_sensor_is_bad_input(run, choose, workspace, manifest, tmp_path):
+    from ringmo.data import store
+
+    run(class_folders(tmp_path / "in"))
+    tiles = manifest().assign(sensor="radar")
+    store.write_table(workspace.store / store.MANIFEST, tiles, store.COLUMNS)
+    with pytest.raises(BadInput, match=r"select\.sensor"):
+        choose()

@@ -1,0 +1,154 @@
+"""The rules: each fails by name on the data it is for, in the verdict and in the Data Docs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_imagery import class_folders
+
+from ringmo.config import Config
+from ringmo.data import store
+from ringmo.data.validation import rules, validate
+from ringmo.errors import AnswerIsNo, BadInput
+from ringmo.stage import run_stage
+
+
+@pytest.fixture
+def judge(run, workspace, manifest, tmp_path) -> Callable[..., Any]:
+    """Ingest, change the manifest, validate; returns the verdict."""
+    run(class_folders(tmp_path / "in", each=12))
+
+    def change_and_validate(change: Callable[[Any], Any] | None = None) -> Any:
+        if change is not None:
+            tiles = manifest()
+            changed = change(tiles)
+            path = workspace.store / store.MANIFEST
+            facts = store.read_facts(path)
+            facts.pop("schema")
+            store.write_table(path, tiles if changed is None else changed, store.COLUMNS, facts)
+        config = Config.load(workspace.params_file)
+        return run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+
+    return change_and_validate
+
+
+def broken(workspace: Any) -> list[str]:
+    verdict = json.loads((workspace.work("validate") / "verdict.json").read_text())
+    return [rule["rule"] for rule in verdict["rules"] if not rule["ok"]]
+
+
+def test_good_data_pass_every_rule_with_the_same_verdict_again(judge, workspace):
+    report = judge()
+    path = workspace.work("validate") / "verdict.json"
+    first = path.read_bytes()
+    judge()
+    assert path.read_bytes() == first
+    assert report.figures["broken"] == 0
+    assert len(report.tables["rules"]) == len(rules(Config.load(workspace.params_file)))
+
+
+def place_in_two_splits(tiles: Any) -> None:
+    train = tiles.index[tiles["split"] == "train"]
+    tiles.loc[train[:2], "place"] = "shared"
+    tiles.loc[train[0], "split"] = "test"
+
+
+def twice(tiles: Any) -> Any:
+    import pandas as pd
+
+    return pd.concat([tiles, tiles.iloc[[0]]], ignore_index=True)
+
+
+def setting(column: str, value: Any, rows: int = 1) -> Callable[[Any], None]:
+    def change(tiles: Any) -> None:
+        tiles.loc[tiles.index[:rows], column] = value
+
+    return change
+
+
+def no_test(tiles: Any) -> None:
+    tiles.loc[(tiles["label"] == "class1") & (tiles["split"] == "test"), "split"] = "unused"
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (place_in_two_splits, "one_split_a_place"),
+        (twice, "unique_key"),
+        (twice, "unique_content"),
+        (setting("std", 0.5, 3), "blank"),
+        (setting("nodata_share", 0.9), "nodata"),
+        (setting("nodata_share", 1.7), "shares"),
+        (setting("std", float("nan")), "measured"),
+        (setting("offset", -1), "offsets"),
+        (setting("offset", 10**9), "in_shard"),
+        (setting("shard", "tiles-000077.tar"), "in_shard"),
+        (setting("width", 0), "sizes"),
+        (setting("sensor", "radar"), "known_sensor"),
+        (setting("split", "holdout"), "known_split"),
+        (setting("place", None), "placed"),
+        (setting("label", " "), "named_labels"),
+        (setting("label", "rare"), "samples"),
+        (no_test, "tests"),
+    ],
+)
+def test_each_rule_stops_what_it_is_for(change, rule, judge, workspace):
+    with pytest.raises(AnswerIsNo) as error:
+        judge(change)
+    assert rule in broken(workspace)
+    assert "\n" not in str(error.value)
+    docs = workspace.work("validate") / "docs"
+    assert (docs / "index.html").exists()
+    pages = "".join(page.read_text() for page in docs.rglob("validations/**/*.html"))
+    assert rule in pages
+    assert "Failed" in pages
+
+
+def test_refusal_names_rule_count_and_rows(judge, workspace, manifest):
+    key = manifest()["key"][0]
+    with pytest.raises(AnswerIsNo, match=rf"\(nodata\): broken by 1 \({key} class0/0000.jpg\)"):
+        judge(setting("nodata_share", 0.9))
+
+
+def test_vanished_class_is_a_refusal_unless_allowed(run, workspace, tmp_path):
+    import shutil
+
+    from ringmo import config as params
+
+    source = class_folders(tmp_path / "in", each=12)
+    run(source)
+    shutil.rmtree(source / "class2")
+    run(source)
+    config = Config.load(workspace.params_file)
+    with pytest.raises(AnswerIsNo, match="class2"):
+        run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+    assert broken(workspace) == ["no_class_vanished"]
+    params.edit(workspace.params_file, {"validate.classes_may_vanish": True})
+    config = Config.load(workspace.params_file)
+    assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
+    # Another source has no previous version.
+    run(class_folders(tmp_path / "other", classes=1, each=12))
+    params.edit(workspace.params_file, {"validate.classes_may_vanish": False})
+    config = Config.load(workspace.params_file)
+    assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other schema", "other columns"])
+def test_unreadable_manifest_is_bad_input(damage, run, workspace, manifest, tmp_path):
+    run(class_folders(tmp_path / "in", each=3))
+    path: Path = workspace.store / store.MANIFEST
+    tiles = manifest()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-300])
+    elif damage == "other schema":
+        store.write_table(path, tiles, store.COLUMNS, {"schema": 2})
+    else:
+        store.write_table(path, tiles, {"key": "string"})
+    config = Config.load(workspace.params_file)
+    with pytest.raises(BadInput) as error:
+        run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+    assert str(path) in str(error.value)

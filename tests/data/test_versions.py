@@ -1,0 +1,191 @@
+"""DVC's door: versions follow the store, the graph is dvc.yaml's, remotes give back the bytes."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_imagery import class_folders, tree
+
+from ringmo import config as params
+from ringmo.config import Config
+from ringmo.data import versions
+from ringmo.errors import BadInput, Unreachable
+from ringmo.stage import REVISIONS
+
+
+def config(workspace: Any) -> Config:
+    return Config.load(workspace.params_file)
+
+
+def test_stages_come_after_what_they_read(workspace):
+    found = versions.stages(workspace)
+    names = [stage.name for stage in found]
+    assert sorted(names) == [
+        "evaluate@scene", "finetune@scene", "pretrain", "scratch@scene", "select", "validate",
+    ]  # fmt: skip
+    for stage in found:
+        assert all(names.index(up) < names.index(stage.name) for up in stage.upstream)
+    last = found[-1]
+    assert (last.name, last.outs) == ("evaluate@scene", ("work/evaluate-scene",))
+    assert last.upstream == ("finetune@scene", "scratch@scene", "select")
+    assert "revisions.yaml:evaluate" in last.params
+    assert "work/finetune-scene/model" in last.deps
+
+
+def test_everything_has_changed_before_the_first_run(workspace):
+    changed = versions.changed(workspace)
+    assert set(changed) == {stage.name for stage in versions.stages(workspace)}
+    assert all(changed.values())
+
+
+def test_revisions_follow_the_code_and_keep_their_comment(workspace):
+    path = workspace.root / "revisions.yaml"
+    versions.sync_revisions(workspace)
+    before = path.read_text()
+    path.write_text(before.replace("select: 1", "select: 0\ngone: 3"))
+    versions.sync_revisions(workspace)
+    from ringmo.config import read_yaml
+
+    assert read_yaml(path) == REVISIONS
+    assert path.read_text().startswith("#")
+
+
+def test_log_cut_short_by_a_kill_is_read(workspace):
+    workspace.versions_file.parent.mkdir(parents=True)
+    workspace.versions_file.write_text('{"version": "a.dir"}\n{"vers')
+    assert versions.versions(workspace) == [{"version": "a.dir"}]
+
+
+def test_lock_entry_is_what_ran(workspace):
+    assert versions.lock_entry(workspace, "select") == {}
+    (workspace.root / "dvc.lock").write_text("schema: '2.0'\nstages:\n  select:\n    cmd: x\n")
+    assert versions.lock_entry(workspace, "select") == {"cmd": "x"}
+
+
+def test_no_store_is_one_line(workspace):
+    with pytest.raises(BadInput, match="ringmo ingest"):
+        versions.add_store(workspace, config(workspace))
+
+
+@pytest.mark.slow
+def test_versions_follow_the_store_through_links_that_may_not_be_written(run, workspace, tmp_path):
+    source = class_folders(tmp_path / "in", each=6)
+    run(source)
+    first = versions.add_store(workspace, config(workspace))
+    old = tree(workspace.store)
+    assert versions.add_store(workspace, config(workspace)) == first
+    assert versions.data_version(workspace) == first
+    class_folders(source, start=50, each=4)
+    (source / "class0" / "bad.jpg").write_bytes(b"")
+    run(source)
+    second = versions.add_store(workspace, config(workspace))
+    rows = versions.versions(workspace)
+    assert [row["version"] for row in rows] == [first, second]
+    assert [(row["tiles"], row["set_aside"]) for row in rows] == [(18, 0), (30, 1)]
+    assert rows[1]["classes"] == 3
+    assert not rows[1]["generated"]
+    # The version before is whole in the cache, its manifest never written in place.
+    cache = workspace.root / ".dvc" / "cache" / "files" / "md5"
+    kept = {path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    assert set(old.values()) <= kept
+
+
+@pytest.mark.slow
+def test_one_stage_runs_by_this_python_whatever_path_is(run, workspace, tmp_path, monkeypatch):
+    run(class_folders(tmp_path / "in"))
+    versions.add_store(workspace, config(workspace))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    command = versions.repro_command(workspace, "validate")
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workspace.work("validate") / "verdict.json").read_text())["ok"]
+    changed = versions.changed(workspace)
+    assert "validate" not in changed
+    assert versions.lock_entry(workspace, "validate")["cmd"] == "ringmo validate"
+    params.edit(workspace.params_file, {"validate.min_per_class": 9})
+    assert versions.changed(workspace)["validate"] == ["validate.min_per_class modified"]
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch) -> Iterator[str]:
+    """A real S3 server that refuses wrong secrets; its address."""
+    rclone = Path(sys.executable).parent / "rclone"
+    if not rclone.exists():
+        pytest.skip("no rclone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "s3" / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    command = [str(rclone), "serve", "s3", str(tmp_path / "s3"), "--addr", f"127.0.0.1:{port}"]
+    server = subprocess.Popen(
+        [*command, "--auth-key", "key,secret", "--config", "/dev/null"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def lose_and_pull(workspace: Any) -> None:
+    before = tree(workspace.store)
+    shutil.rmtree(workspace.store)
+    shutil.rmtree(workspace.root / ".dvc" / "cache")
+    versions.pull(workspace, config(workspace))
+    assert tree(workspace.store) == before
+
+
+@pytest.mark.slow
+def test_folder_remote_gives_the_store_back(run, workspace, tmp_path):
+    run(class_folders(tmp_path / "in", each=5))
+    versions.add_store(workspace, config(workspace))
+    versions.push(workspace, config(workspace))
+    assert "../.ringmo/remote" in (workspace.root / ".dvc" / "config").read_text()
+    lose_and_pull(workspace)
+
+
+@pytest.mark.slow
+def test_s3_remote_gives_the_store_back_and_refuses_the_wrong_secret(
+    run, workspace, tmp_path, s3, monkeypatch
+):
+    run(class_folders(tmp_path / "in", each=5))
+    versions.add_store(workspace, config(workspace))
+    remote = {"versioning.remote": "s3://bucket/tiles", "versioning.endpoint": s3}
+    params.edit(workspace.params_file, remote)
+    versions.push(workspace, config(workspace))
+    lose_and_pull(workspace)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    shutil.rmtree(workspace.root / ".dvc" / "cache")
+    with pytest.raises(BadInput) as error:
+        versions.pull(workspace, config(workspace))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_remote_that_does_not_answer_is_unreachable(run, workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    run(class_folders(tmp_path / "in", each=3))
+    versions.add_store(workspace, config(workspace))
+    dead = {"versioning.remote": "s3://bucket/x", "versioning.endpoint": "http://127.0.0.1:9"}
+    params.edit(workspace.params_file, dead)
+    with pytest.raises(Unreachable) as error:
+        versions.push(workspace, config(workspace))
+    assert "\n" not in str(error.value)
