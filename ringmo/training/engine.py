@@ -193,6 +193,7 @@ class Trainer:
         self.figures.cut(self.step)
         # A few points an epoch tell enough, and a forwarder is not drowned.
         self._log_every = max(1, self.steps_per_epoch // 4)
+        self._last_loss = math.nan
         self._asked_to_stop = False
         self._saved_at = self._counted_from = time.monotonic()
         self._clear()
@@ -319,7 +320,6 @@ class Trainer:
     def _clear(self) -> None:
         self._losses = self._waited_s = 0.0
         self._images = self._updates = 0
-        self._last_loss = math.nan
         self._counted_from = time.monotonic()
 
     def _pause(self, since: float) -> None:
