@@ -253,7 +253,7 @@ def _expect(
                     actions=[],
                     result_format={
                         "result_format": "COMPLETE",
-                        "unexpected_index_column_names": ["number"],
+                        "unexpected_index_column_names": ["number", "name"],
                         "partial_unexpected_count": NAMED,
                     },
                 )
@@ -278,7 +278,8 @@ def _expectation(rule: Rule) -> Any:
     common: dict[str, Any] = {
         "column": rule.column,
         "meta": {"rule": rule.name},
-        "notes": f"**{rule.name}**: {rule.says}",
+        # What the Data Docs say in place of their own wording.
+        "description": f"{rule.name}: {rule.says}",
     }
     if rule.unique:
         return gxe.ExpectColumnValuesToBeUnique(**common)

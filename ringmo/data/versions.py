@@ -237,7 +237,7 @@ def pull(workspace: Workspace, config: Config) -> None:
 
 def _set_remote(workspace: Workspace, config: Config) -> None:
     """Write the remote of params.yaml into .dvc/config, so that plain `dvc pull` works too."""
-    from dvc.config import RelPath
+    from dvc.config_schema import RelPath
 
     url = config.versioning.remote
     inside = False

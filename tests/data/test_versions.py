@@ -110,7 +110,7 @@ def test_one_stage_runs_by_this_python_whatever_path_is(run, workspace, tmp_path
     assert "validate" not in changed
     assert versions.lock_entry(workspace, "validate")["cmd"] == "ringmo validate"
     params.edit(workspace.params_file, {"validate.min_per_class": 9})
-    assert versions.changed(workspace)["validate"] == ["validate.min_per_class modified"]
+    assert versions.changed(workspace)["validate"] == ["validate modified"]
 
 
 @pytest.fixture
