@@ -52,7 +52,7 @@ def add_store(workspace: Workspace, config: Config) -> str:
     """Put the tile store under DVC, and a new version into the log; returns the version."""
     if not (workspace.store / store.MANIFEST).exists():
         raise BadInput(f"{workspace.store / store.MANIFEST} is missing: run `ringmo ingest`")
-    _dvc(workspace, "add", "--quiet", "data/store")
+    _dvc(workspace, "add", "data/store")
     version = data_version(workspace)
     if version is None:
         raise BadInput(f"{_store_file(workspace)}: DVC recorded no hash for the tile store")
@@ -221,7 +221,7 @@ def push(workspace: Workspace, config: Config) -> None:
         BadInput: it refuses.
     """
     _set_remote(workspace, config)
-    _dvc(workspace, "push", "--quiet", "--no-run-cache", "--remote", REMOTE)
+    _dvc(workspace, "push", "--no-run-cache", "--remote", REMOTE)
 
 
 def pull(workspace: Workspace, config: Config) -> None:
@@ -231,7 +231,7 @@ def pull(workspace: Workspace, config: Config) -> None:
         Unreachable, BadInput: as in `push`.
     """
     _set_remote(workspace, config)
-    arguments = ("pull", "--quiet", "--no-run-cache", "--allow-missing", "--force")
+    arguments = ("pull", "--no-run-cache", "--allow-missing", "--force")
     _dvc(workspace, *arguments, "--remote", REMOTE)
 
 
@@ -285,6 +285,7 @@ def _dvc(workspace: Workspace, *arguments: str) -> None:
     # S3-compatible stores do not all know the checksums that boto sends since 1.36.
     for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
         environment.setdefault(name, "when_required")
+    # Never --quiet: it leaves out why an unexpected error came.
     done = subprocess.run(
         [*_python_dvc(workspace), "--wait-for-lock", *arguments],
         env=environment,
@@ -295,7 +296,7 @@ def _dvc(workspace: Workspace, *arguments: str) -> None:
     if done.returncode:
         said = (done.stderr + done.stdout).strip()
         errors = [line for line in said.splitlines() if line.startswith("ERROR")]
-        text = _one_line(" ".join(errors) or said or f"dvc ended with {done.returncode}")
+        text = _one_line(". ".join(errors) or said or f"dvc ended with {done.returncode}")
         if any(sign in said.lower() for sign in NO_ANSWER):
             raise Unreachable(f"dvc {arguments[0]}: {text}")
         raise BadInput(f"dvc {arguments[0]}: {text}")
@@ -306,7 +307,7 @@ def _python_dvc(workspace: Workspace) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.replace("ERROR: ", "").split())[:300]
+    return " ".join(text.replace("ERROR: ", "").replace("unexpected error - ", "").split())[:300]
 
 
 def _store_file(workspace: Workspace) -> Path:
