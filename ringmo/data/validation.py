@@ -142,7 +142,7 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
     ]
     if broken:
         first = broken[0]
-        more = f"; and {len(broken) - 1} more rules are broken" if len(broken) > 1 else ""
+        more = f"; also broken: {', '.join(v['rule'] for v in broken[1:])}" if broken[1:] else ""
         raise AnswerIsNo(
             f"validation failed: {first['says']} ({first['rule']}): broken by "
             f"{first['failed_rows']} ({', '.join(first['first'])}){more}; "

@@ -32,7 +32,7 @@ NO_ANSWER = (
     *("could not connect", "connection refused", "connect timeout", "read timeout", "timed out"),
     *("cannot connect", "name or service not known", "temporary failure in name resolution"),
     *("connection was closed", "connection reset", "service unavailable", "max retries"),
-    *("nodename nor servname", "failed to connect", "could not contact", "connect call failed"),
+    *("nodename nor servname", "could not contact", "connect call failed"),
 )
 
 

@@ -72,6 +72,7 @@ def no_test(tiles: Any) -> None:
     tiles.loc[(tiles["label"] == "class1") & (tiles["split"] == "test"), "split"] = "unused"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
