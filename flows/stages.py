@@ -17,7 +17,7 @@ from ringmo.data import versions
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
 from ringmo.process_group import run_group
 from ringmo.registry.tracker import Forwarder
-from ringmo.stage import Report
+from ringmo.stage import Report, forget_checkpoints
 from ringmo.workspace import Workspace
 
 
@@ -91,7 +91,10 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
             key=f"mlflow-{name.replace('@', '-')}",
             description=f"Figures and pictures of {name}",
         )
-    return _checked(name, report, status)
+    checked = _checked(name, report, status)
+    if report is not None:
+        forget_checkpoints(workspace, report)
+    return checked
 
 
 @task(cache_policy=NO_CACHE)
@@ -102,7 +105,7 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
     console.note(f"\n── {name}")
     workspace.report_file(name).unlink(missing_ok=True)
     status = run_group(
-        [sys.executable, "-m", "ringmo", *arguments, "--json", "--workspace", workspace_root],
+        [sys.executable, "-m", "ringmo", *arguments, "--workspace", workspace_root],
         workspace.root,
         services.environment(workspace),
         config.run.grace_s,

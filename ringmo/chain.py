@@ -217,14 +217,15 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
     return result
 
 
-def _percent(value: Any) -> str:
-    return "-" if value is None else f"{100 * float(value):.1f} %"
+def _percent(value: Any, unit: str = "%") -> str:
+    return "-" if value is None else f"{100 * float(value):.1f} {unit}"
 
 
-def _interval(figures: dict[str, Any], name: str) -> str:
+def _interval(figures: dict[str, Any], name: str, unit: str = "%") -> str:
     low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
-    spread = "" if low is None or high is None else f"  (95 %: {100 * low:.1f} to {100 * high:.1f})"
-    return _percent(figures.get(name)) + spread
+    if low is None or high is None:
+        return _percent(figures.get(name), unit)
+    return f"{_percent(figures.get(name), unit)}  (95 %: {100 * low:.1f} to {100 * high:.1f})"
 
 
 def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -249,6 +250,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             rows += [
                 (f"Test accuracy, {task}", _interval(figures, "test_accuracy")),
                 ("  from scratch", _interval(figures, "scratch_accuracy")),
+                ("  difference", _interval(figures, "difference_to_scratch", "points")),
                 ("  histograms alone", _percent(figures.get("histogram_accuracy"))),
                 ("  champion before", _percent(figures.get("champion_accuracy"))),
             ]

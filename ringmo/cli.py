@@ -339,7 +339,7 @@ def _models(arguments: Arguments) -> None:
             {"model": task, **row} for task in tasks for row in promotion.history(workspace, task)
         ]
         names = ("model", "when", "what", "from", "to", "who", "why")
-        text = console.table([[row.get(name, "") for name in names] for row in moves], names)
+        text = console.table([[row.get(name) or "-" for name in names] for row in moves], names)
         console.result({"history": moves}, text if moves else "No promotion yet.")
         return
     rows = lineage.models(workspace, arguments.task)

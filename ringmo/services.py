@@ -90,7 +90,9 @@ def status(workspace: Workspace) -> dict[str, Any]:
     running = _alive(workspace)
     rows: dict[str, Any] = {}
     for name in ("mlflow", "prefect", "worker"):
-        if url := _elsewhere(name):
+        url = (_elsewhere(name) or "").removesuffix("/api")
+        # Children of `ringmo` are told of the local servers through the environment too.
+        if url and url != running.get(name, {}).get("url"):
             rows[name] = {"url": url, "pid": None, "where": "environment"}
         elif name in running:
             rows[name] = {

@@ -130,3 +130,9 @@ def announce(workspace: Workspace, stage: str, run_dir: Path) -> None:
         workspace.state / "running" / f"{stage.replace('@', '-')}.json",
         {"stage": stage, "run_dir": str(run_dir.relative_to(workspace.root)), "pid": os.getpid()},
     )
+
+
+def forget_checkpoints(workspace: Workspace, report: Report) -> None:
+    """Remove a training's checkpoints once its outputs are on record in dvc.lock."""
+    if report.run_dir:
+        shutil.rmtree(workspace.root / report.run_dir / "checkpoints", ignore_errors=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import TINY
 
 # Before anything imports them: no telemetry, and no state in the home folder.
 os.environ.update(
@@ -17,23 +18,6 @@ os.environ.update(
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY.parent / "shared" / "data"
-
-# A chain of seconds: a model that fits a test, not one that learns much.
-TINY = {
-    "model.image_size": 32,
-    "model.embed_dim": 16,
-    "model.depths": [1, 1],
-    "model.num_heads": [2, 4],
-    "model.window_size": 4,
-    "pretrain.mask_patch_size": 8,
-    "pretrain.epochs": 2,
-    "pretrain.warmup_epochs": 1,
-    "pretrain.batch_size": 16,
-    "finetune.scene.epochs": 2,
-    "finetune.scene.warmup_epochs": 1,
-    "finetune.scene.batch_size": 16,
-    "run.retry_delay_s": 0,
-}
 
 
 @pytest.fixture

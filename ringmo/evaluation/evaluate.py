@@ -53,7 +53,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
 
     samples = config.evaluate.bootstrap_samples
     places = test.table["place"].astype(str).tolist()
-    figures: dict[str, Any] = {"test_tiles": len(test)}
+    figures: dict[str, Any] = {"test_tiles": len(test), "bundle_hash": model.hash}
     for name, values in (
         ("test_accuracy", right.astype(float)),
         ("scratch_accuracy", scratch_right.astype(float)),

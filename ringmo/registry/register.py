@@ -91,7 +91,7 @@ def _create(
         save_pyfunc(model.folder, folder)
         _write_lineage(workspace, folder / "lineage", bool(about["code_clean"]))
         evaluated = workspace.work(f"evaluate@{task}")
-        if evaluated.is_dir():
+        if _evaluation(workspace, task, model):
             (folder / "evaluation").mkdir()
             for path in [*evaluated.glob("*.png"), *evaluated.glob("*.json")]:
                 (folder / "evaluation" / path.name).write_bytes(path.read_bytes())
@@ -154,11 +154,17 @@ def _tags(
     if task != ENCODER:
         about["encoder_hash"] = lineage.get("encoder")
         about["encoder_version"] = str(encoder) if encoder else None
-    report = Report.read(workspace.work(f"evaluate@{task}") / "report.json")
+    report = _evaluation(workspace, task, model)
     figures = model.meta["figures"] | (report.figures if report else {})
     return about | {
         name: value for name, value in figures.items() if isinstance(value, int | float)
     }
+
+
+def _evaluation(workspace: Workspace, task: str, model: "Bundle") -> Report | None:
+    """The evaluation's report, if it is this very model that was evaluated."""
+    report = Report.read(workspace.work(f"evaluate@{task}") / "report.json")
+    return report if report and report.figures.get("bundle_hash") == model.hash else None
 
 
 def _description(task: str, about: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -148,7 +147,8 @@ class Trainer:
             if trainer.epoch_ended: ...validate, trainer.log(...)...
             trainer.save_if_due()
         ...write the result...
-        trainer.remove_checkpoints()
+
+    The last checkpoint stays: until the result is on record, a kill must not cost the training.
 
     `state` and `tensors` are what else a checkpoint must hold: plain values and tensors.
 
@@ -308,10 +308,6 @@ class Trainer:
             "seconds_training": round(seconds, 1),
             "steps": self.steps,
         }
-
-    def remove_checkpoints(self) -> None:
-        """The training is done and its result written: nothing can resume from them."""
-        shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
 
     @property
     def _section(self) -> str:

@@ -142,7 +142,6 @@ def finetune(
         "figures": {"val_accuracy": figures["val_accuracy"]},
     }
     bundle.write(out / "model", model.to("cpu"), meta, train.image(0))
-    trainer.remove_checkpoints()
     report = Report(
         stage, figures=figures, run_dir=str(trainer.run_dir.relative_to(workspace.root))
     )

@@ -122,7 +122,6 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
         "figures": {"val_loss": figures["val_loss"]},
     }
     bundle.write(out / "encoder", model.encoder.to("cpu"), meta, train.image(0))
-    trainer.remove_checkpoints()
     return Report(
         "pretrain", figures=figures, run_dir=str(trainer.run_dir.relative_to(workspace.root))
     )

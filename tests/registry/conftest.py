@@ -101,7 +101,9 @@ def make_model(workspace: Workspace, config: Config) -> MakeModel:
         example = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         bundle.write(into, model, meta, example)
         if scene and folder is None:
-            report = Report("evaluate@scene", figures={"test_accuracy": accuracy})
+            judged = bundle.load(into).hash
+            figures = {"test_accuracy": accuracy, "bundle_hash": judged}
+            report = Report("evaluate@scene", figures=figures)
             report.write(workspace.work("evaluate@scene") / "report.json")
         return into
 

@@ -7,6 +7,7 @@ Arguments: workspace, seed, kills. Prints one JSON object.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -68,6 +69,9 @@ def main() -> None:
             finished += 1
             if finished > kills:
                 break
+            # What is finished stays so until its checkpoints are gone: train once more.
+            for folder in runs.glob("*/checkpoints"):
+                shutil.rmtree(folder)
             continue
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,25 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException)
     monkeypatch.setattr(engine.Trainer, "save_if_due", dying)
 
 
+def forget(workspace: Any) -> None:
+    """Remove the checkpoints of finished trainings, as the flow does once DVC has their outputs."""
+    for folder in (workspace.state / "runs").glob("*/checkpoints"):
+        shutil.rmtree(folder)
+
+
+def test_a_finished_training_is_not_trained_again(
+    filled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings(filled)
+    run_stage(filled, PRETRAIN, lambda out: pretrain(values, filled, out))
+    encoder = filled.work(PRETRAIN) / "encoder" / "model.safetensors"
+    whole = encoder.read_bytes()
+    shutil.rmtree(filled.work(PRETRAIN))  # a kill before DVC had recorded it
+    monkeypatch.setattr(engine.Trainer, "update", lambda *_: pytest.fail("trained again"))
+    run_stage(filled, PRETRAIN, lambda out: pretrain(values, filled, out))
+    assert encoder.read_bytes() == whole
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_resumed_training_ends_in_the_same_bytes(
     filled: Any, monkeypatch: pytest.MonkeyPatch, step: int
@@ -74,6 +94,7 @@ def test_resumed_training_ends_in_the_same_bytes(
     values = settings(filled, pretrain__checkpoint_every_s=0, finetune__scene__checkpoint_every_s=0)
     whole = train(filled, values)
     kept = figures(filled, PRETRAIN)
+    forget(filled)
     for stage, run in (
         (PRETRAIN, lambda out: pretrain(values, filled, out)),
         (FINETUNE, lambda out: finetune(values, filled, out, "scene")),
@@ -85,7 +106,6 @@ def test_resumed_training_ends_in_the_same_bytes(
         assert checkpoint.found(folder)[0].name == f"step-{step:08d}.safetensors"
         assert len(checkpoint.found(folder)) == min(step, 2)
         run_stage(filled, stage, run)
-        assert not folder.exists()
     assert weights(filled) == whole
     resumed = figures(filled, PRETRAIN)
     timeless = [
@@ -102,6 +122,7 @@ def test_truncated_checkpoint_is_passed_over_for_the_one_before(
     run_stage(filled, PRETRAIN, lambda out: pretrain(values, filled, out))
     encoder = filled.work(PRETRAIN) / "encoder" / "model.safetensors"
     whole = encoder.read_bytes()
+    forget(filled)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(patch, 4, Killed())
         run_stage(filled, PRETRAIN, lambda out: pretrain(values, filled, out))
@@ -181,7 +202,7 @@ def test_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_twenty_times_ends_as_if_never_killed(filled: Any, tmp_path: Path) -> None:
-    from conftest import TINY
+    from tiny import TINY
 
     longer = {"pretrain.epochs": 10, "finetune.scene.epochs": 10}
     eager = {"pretrain.checkpoint_every_s": 0, "finetune.scene.checkpoint_every_s": 0}
