@@ -23,8 +23,11 @@ DVC_CONFIG = """\
     check_update = false
     no_scm = true
     autostage = false
+    remote = main
 [cache]
     type = "reflink,hardlink,copy"
+['remote "main"']
+    url = ../.ringmo/remote
 """
 
 
@@ -87,7 +90,7 @@ def template(name: str) -> Path:
 
 
 def init(root: Path) -> Workspace:
-    """Make a workspace: params.yaml, dvc.yaml, revisions.yaml, .gitignore and DVC's folder.
+    """Make a workspace: its parameters and stage graph, what git and DVC ignore, DVC's folder.
 
     Raises:
         BadInput: there is a workspace already, or the folder cannot be written.
@@ -97,7 +100,7 @@ def init(root: Path) -> Workspace:
         raise BadInput(f"{root} is a workspace already")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for name in ("params.yaml", "dvc.yaml", "revisions.yaml"):
+        for name in ("params.yaml", "dvc.yaml", "revisions.yaml", ".dvcignore"):
             shutil.copyfile(template(name), root / name)
         (root / ".gitignore").write_text(".ringmo/\n/data/store\n/work/\n")
         (root / ".dvc").mkdir(exist_ok=True)
