@@ -1,6 +1,8 @@
 """`python -m ringmo` is the `ringmo` command."""
 
+import sys
+
 from ringmo.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
