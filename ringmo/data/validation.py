@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.config import Config
+from ringmo.config import Config, Validate
 from ringmo.data import store
 from ringmo.errors import AnswerIsNo, BadInput
 from ringmo.stage import Report, write_json
@@ -116,7 +116,7 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
         raise BadInput(f"{workspace.store / store.MANIFEST} has no tile: run `ringmo ingest`")
     tables = {
         False: _tile_facts(manifest, workspace.store),
-        True: _class_facts(manifest, workspace.store, config.validate_.classes_may_vanish),
+        True: _class_facts(manifest, workspace.store, config.validate_),
     }
     verdicts: list[dict[str, Any]] = []
     every = rules(config)
@@ -174,12 +174,12 @@ def _tile_facts(manifest: "pandas.DataFrame", root: Path) -> "pandas.DataFrame":
     return facts
 
 
-def _class_facts(manifest: "pandas.DataFrame", root: Path, may_vanish: bool) -> "pandas.DataFrame":
+def _class_facts(manifest: "pandas.DataFrame", root: Path, rule: Validate) -> "pandas.DataFrame":
     """A row for each class, also for those that the previous version had and this one has not."""
     import pandas as pd
 
     labelled = manifest[manifest["label"].notna()]
-    before = set() if may_vanish else _classes_before(root)
+    before = set() if rule.classes_may_vanish else _classes_before(root, rule.min_per_class)
     names = sorted(set(labelled["label"]) | before)
     split = labelled.groupby(["label", "split"]).size()
     rows = []
@@ -195,12 +195,16 @@ def _class_facts(manifest: "pandas.DataFrame", root: Path, may_vanish: bool) -> 
     return frame
 
 
-def _classes_before(root: Path) -> set[str]:
-    """Classes of the last ingest from the same sources, before the present one."""
+def _classes_before(root: Path, least: int) -> set[str]:
+    """Classes of the last ingest from the same sources, before the present one.
+
+    One with fewer samples than `least` never passed, so that taking it out again loses nothing.
+    """
     try:
         ingests = json.loads((root / store.HISTORY).read_text())["ingests"]
         earlier = [e for e in ingests[:-1] if e["sources"] == ingests[-1]["sources"]]
-        return set(earlier[-1]["classes"]) if earlier else set()
+        classes = earlier[-1]["classes"] if earlier else {}
+        return {name for name, count in classes.items() if count >= least}
     except FileNotFoundError:
         return set()
     except (ValueError, KeyError, IndexError, TypeError):
