@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ringmo import console
@@ -44,6 +47,7 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
     from ringmo import services
 
     started = time.monotonic()
+    command = _command()
     _check_sources(config)
     services.up(config, workspace)
     os.environ.update(services.environment(workspace))
@@ -60,14 +64,20 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
         raise as_ringmo_error(outcome) from outcome
     if not isinstance(outcome, dict):
         raise RingmoError(f"the flow ended as {state.name}: {state.message}")
+    outcome["command"] = command
     outcome["minutes"] = round((time.monotonic() - started) / 60, 2)
     return outcome
 
 
+def _command() -> str:
+    """How the user calls `ringmo` from here: by its name only where that is on the path."""
+    if shutil.which("ringmo"):
+        return "ringmo"
+    return os.path.relpath(Path(sys.executable).with_name("ringmo"))
+
+
 def _check_sources(config: Config) -> None:
     """What ingest would refuse anyway, said before any server is started."""
-    from pathlib import Path
-
     from ringmo.errors import BadInput
 
     for source in config.ingest.sources:
@@ -273,18 +283,14 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def summary_text(result: dict[str, Any]) -> str:
+    ringmo = result.get("command", "ringmo")
     following = (
-        "Next: ringmo predict IMAGE --model scene@champion   or   ringmo lineage scene@champion\n"
+        f"{ringmo} predict IMAGE --model scene@champion\n      {ringmo} lineage scene@champion"
         if result["labelled"]
-        else "Next: put the images in folders named by class and run again\n"
+        else "put the images in folders named by class and run again"
     )
-    return (
-        "\n"
-        + console.table(summary_rows(result))
-        + "\n\n"
-        + following
-        + "      ringmo models   ringmo rollback scene   ringmo down (ends the servers)"
-    )
+    more = f"{ringmo} models\n      {ringmo} down      (ends the servers)"
+    return f"\n{console.table(summary_rows(result))}\n\nNext: {following}\n      {more}"
 
 
 def summary_markdown(result: dict[str, Any]) -> str:
