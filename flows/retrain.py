@@ -7,7 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows.stages import StageFailed, as_task, command
+from flows.stages import StageFailed, as_task, command, execute
 from ringmo import chain
 from ringmo.config import Config
 from ringmo.data import versions
@@ -41,8 +41,8 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
 def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, Any]:
     root = str(place.root)
     cached: dict[str, bool] = {}
-    world = _end(config, "ingest", "New imagery into the tile store")
-    ingested = world(root, "ingest", ["ingest"])
+    ingest: Any = as_task(config, command, "ingest", "New imagery into the tile store")
+    ingested = ingest(root, "ingest", ["ingest"])
     tags = tags | {"data_version": ingested["figures"]["data_version"]}
 
     changes = versions.changed(place)
@@ -52,7 +52,7 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         why = list(changes.get(stage.name, []))
         if not why and any(not cached.get(name, True) for name in stage.upstream):
             why = ["a stage before it ran"]
-        state: Any = as_task(config, stage.name, stage.desc)(
+        state: Any = as_task(config, execute, stage.name, stage.desc)(
             root, stage.name, why, tags, return_state=True
         )
         if state.is_failed() or state.is_crashed() or state.is_cancelled():
@@ -64,25 +64,12 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         if chain.registered(config, place, task):
             cached[f"register@{task}"] = True
             continue
-        end = _end(config, f"register@{task}", "A version in the registry, the gate, production")
+        about = "A version in the registry, the gate, production"
+        end: Any = as_task(config, command, f"register@{task}", about)
         end(root, f"register@{task}", ["register", task, "--flow-run", tags["flow_run"]])
         cached[f"register@{task}"] = False
     chain.push(config, place)
     return chain.summary(config, place, cached)
-
-
-def _end(config: Config, name: str, description: str) -> Any:
-    from flows.stages import worth_a_retry
-
-    return command.with_options(
-        name=name,
-        description=description,
-        task_run_name=name,
-        retries=config.run.retries,
-        retry_delay_seconds=config.run.retry_delay_s,
-        retry_condition_fn=worth_a_retry,
-        timeout_seconds=config.run.stage_time_limit_min * 60,
-    )
 
 
 def _wanted(place: Workspace, stage: str) -> bool:

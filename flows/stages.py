@@ -38,9 +38,11 @@ def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     return error.retry if isinstance(error, StageFailed) else True
 
 
-def as_task(config: Config, name: str, description: str = "") -> Task[..., Any]:
-    """The Prefect task of a stage, by the stage's name in dvc.yaml."""
-    return execute.with_options(
+def as_task(
+    config: Config, kind: Task[..., Any], name: str, description: str = ""
+) -> Task[..., Any]:
+    """The Prefect task of a step: `execute` for a stage of dvc.yaml, `command` for the ends."""
+    return kind.with_options(
         name=name,
         description=description,
         task_run_name=name,
