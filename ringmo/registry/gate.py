@@ -5,8 +5,9 @@ compared. The rules, in this order:
 
 1. The candidate is the champion: passes, nothing to do.
 2. Trained on generated imagery, with a champion trained on real imagery: refused.
-3. `encoder`: passes as the first one, or when a task model built on it is champion; an encoder
-   has no answers of its own to score, so it stands or falls with the task model.
+3. `encoder`: passes as the first one, when a task model built on it is champion, or when no task
+   has a champion; an encoder has no answers of its own to score, so it stands or falls with the
+   task model, and where there is none the newest stands.
 4. Under gate.TASK.min_value: refused.
 5. No champion, or one trained on generated imagery while the candidate is not: passes.
 6. The champion's files cannot be used: refused, since there is nothing to compare with; a person
@@ -118,8 +119,10 @@ def _judge_encoder(
 ) -> Verdict:
     if champion is None:
         return Verdict(True, ["first encoder"])
-    for task in config.tasks:
-        model = tracker.aliased(task, "champion")
+    models = [tracker.aliased(task, "champion") for task in config.tasks]
+    if not any(models):
+        return Verdict(True, ["no task model to judge it by: the newest encoder stands"])
+    for model in models:
         if model is not None and model.tags.get("encoder_hash") == version.bundle_hash:
             return Verdict(True, [f"{model}, built on it, is champion"])
     return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])

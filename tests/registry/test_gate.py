@@ -110,9 +110,14 @@ def test_an_encoder_follows_the_task_model_built_on_it(
     promotion.promote(tracked, "encoder", by="gate", reason="first")
     make_model(2, kind="encoder")
     second = register(config, tracked, "encoder", {})
+    # Nobody to follow: without labels the newest stands.
+    assert gate(config, tracked, "encoder", second).ok
+    make_model(3, encoder_hash=first.bundle_hash)
+    register(config, tracked, "scene", {"verdict": "passed"})
+    promotion.promote(tracked, "scene", by="gate", reason="better")
     assert not gate(config, tracked, "encoder", second).ok
-    make_model(3, encoder_hash=second.bundle_hash)
+    make_model(4, encoder_hash=second.bundle_hash)
     register(config, tracked, "scene", {"verdict": "passed"})
     promotion.promote(tracked, "scene", by="gate", reason="better")
     verdict = gate(config, tracked, "encoder", second)
-    assert verdict.ok and "scene/1" in verdict.reasons[0]
+    assert verdict.ok and "scene/2" in verdict.reasons[0]
