@@ -212,10 +212,10 @@ def _deploy(arguments: Arguments) -> None:
 
     config, workspace = _open(arguments)
     running = services.up(config, workspace, worker=True)
-    with services.prefect_environment(workspace):
-        from flows.deployment import deploy
+    os.environ.update(services.environment(workspace))  # before Prefect is first imported
+    from flows.deployment import deploy
 
-        rows = deploy(config, workspace)
+    rows = deploy(config, workspace)
     text = console.table(
         [(row["deployment"], row["schedule"] or "by hand", row["url"]) for row in rows],
         ("deployment", "schedule", "where"),

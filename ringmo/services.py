@@ -14,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +111,6 @@ def status_text(rows: dict[str, Any]) -> str:
     )
     local = any(row["where"] == "local" for row in rows.values())
     return text + ("\nEnd them with: ringmo down" if local else "\nStart them with: ringmo up")
-
-
-@contextlib.contextmanager
-def prefect_environment(workspace: Workspace) -> Iterator[None]:
-    """Prefect's settings for this process; enter before Prefect is first imported."""
-    os.environ.update(environment(workspace))
-    yield
 
 
 def environment(workspace: Workspace) -> dict[str, str]:
