@@ -64,7 +64,7 @@ class Validate(Section):
     min_std: float = Field(2.0, ge=0)
     max_blank_share: Share = 0.01
     max_nodata_share: Share = 0.5
-    classes_may_vanish: bool = False
+    retired_classes: list[str] = []
 
 
 class Select(Section):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,15 @@ def test_who_does_not_end_within_the_grace_period_is_killed(tmp_path: Path) -> N
     assert leader.wait(5) == -signal.SIGKILL
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_wait_ends_the_group(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
 

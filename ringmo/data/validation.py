@@ -96,7 +96,7 @@ def rules(config: Config) -> list[Rule]:
         Rule("tests", "every class has a test sample", "test", low=1, of_classes=True),
         Rule(
             "no_class_vanished",
-            "no class of the previous version is missing",
+            "no class of an earlier version is missing (or it is among validate.retired_classes)",
             "vanished",
             allowed=(False,),
             of_classes=True,
@@ -175,11 +175,11 @@ def _tile_facts(manifest: "pandas.DataFrame", root: Path) -> "pandas.DataFrame":
 
 
 def _class_facts(manifest: "pandas.DataFrame", root: Path, rule: Validate) -> "pandas.DataFrame":
-    """A row for each class, also for those that the previous version had and this one has not."""
+    """A row for each class, also for those that an earlier version had and this one has not."""
     import pandas as pd
 
     labelled = manifest[manifest["label"].notna()]
-    before = set() if rule.classes_may_vanish else _classes_before(root, rule.min_per_class)
+    before = _classes_before(root, rule.min_per_class) - set(rule.retired_classes)
     names = sorted(set(labelled["label"]) | before)
     split = labelled.groupby(["label", "split"]).size()
     rows = []
@@ -196,15 +196,15 @@ def _class_facts(manifest: "pandas.DataFrame", root: Path, rule: Validate) -> "p
 
 
 def _classes_before(root: Path, least: int) -> set[str]:
-    """Classes of the last ingest from the same sources, before the present one.
+    """Classes of every ingest from the same sources before the present one.
 
-    One with fewer samples than `least` never passed, so that taking it out again loses nothing.
+    Of every one, not of the last: a second ingest must not hide what the first has lost. One with
+    fewer samples than `least` never passed, so that taking it out again loses nothing.
     """
     try:
         ingests = json.loads((root / store.HISTORY).read_text())["ingests"]
-        earlier = [e for e in ingests[:-1] if e["sources"] == ingests[-1]["sources"]]
-        classes = earlier[-1]["classes"] if earlier else {}
-        return {name for name, count in classes.items() if count >= least}
+        earlier = [e["classes"] for e in ingests[:-1] if e["sources"] == ingests[-1]["sources"]]
+        return {name for classes in earlier for name, count in classes.items() if count >= least}
     except FileNotFoundError:
         return set()
     except (ValueError, KeyError, IndexError, TypeError):

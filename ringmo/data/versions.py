@@ -4,6 +4,7 @@ A data version is DVC's hash of the tile store. Reading (graph, status) happens 
 which is quicker; whatever writes is a `dvc` process of its own, by this Python, whatever PATH is.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -72,6 +73,7 @@ def _describe(workspace: Workspace, config: Config, version: str) -> dict[str, A
     quarantine = workspace.store / store.QUARANTINE
     return {
         "version": version,
+        "manifest": hashlib.md5((workspace.store / store.MANIFEST).read_bytes()).hexdigest(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "tiles": len(manifest),
         "classes": int(manifest["label"].nunique()),
@@ -94,9 +96,17 @@ def data_version(workspace: Workspace) -> str | None:
     return str(version)
 
 
+def selected_version(workspace: Workspace) -> str | None:
+    """The data version that DVC's last `select` read; where it ran without DVC, the latest."""
+    read = {d["path"]: d.get("md5") for d in lock_entry(workspace, "select").get("deps", [])}
+    manifest = read.get(f"data/store/{store.MANIFEST}")
+    made = [row["version"] for row in versions(workspace) if row.get("manifest") == manifest]
+    return str(made[-1]) if manifest and made else data_version(workspace)
+
+
 def versions(workspace: Workspace) -> list[dict[str, Any]]:
-    """The log of data versions, oldest first: version, time (UTC), tiles, classes, labelled,
-    set_aside, sources, generated. A last line cut short by a kill is passed over."""
+    """The log of data versions, oldest first: version, manifest (its MD5), time (UTC), tiles,
+    classes, labelled, set_aside, sources, generated. A last line cut by a kill is passed over."""
     if not workspace.versions_file.exists():
         return []
     rows = []

@@ -126,7 +126,7 @@ def _tags(
     config: Config, workspace: Workspace, tracker: Tracker, task: str, model: "Bundle"
 ) -> dict[str, Any]:
     """What a version must tell without any other file."""
-    from ringmo.data.versions import data_version
+    from ringmo.data.versions import selected_version
 
     lineage = model.meta["lineage"]
     lock = workspace.root / "dvc.lock"
@@ -143,7 +143,7 @@ def _tags(
         "bundle_hash": model.hash,
         "kind": model.meta["kind"],
         GENERATED: bool(model.meta[GENERATED]),
-        "data_version": data_version(workspace),
+        "data_version": selected_version(workspace),
         "selection": lineage.get("selection"),
         "stage_lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None,
         "params_digest": digest(config),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_imagery import class_folders
+from small_imagery import class_folders, write
 
 from ringmo.config import Config
 from ringmo.data import store
@@ -113,7 +113,7 @@ def test_refusal_names_rule_count_and_rows(judge, workspace, manifest):
         judge(setting("nodata_share", 0.9))
 
 
-def test_vanished_class_is_a_refusal_unless_allowed(run, workspace, tmp_path):
+def test_vanished_class_is_a_refusal_until_it_is_retired(run, workspace, tmp_path):
     import shutil
 
     from ringmo import config as params
@@ -126,12 +126,17 @@ def test_vanished_class_is_a_refusal_unless_allowed(run, workspace, tmp_path):
     with pytest.raises(AnswerIsNo, match="class2"):
         run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
     assert broken(workspace) == ["no_class_vanished"]
-    params.edit(workspace.params_file, {"validate.classes_may_vanish": True})
+    # Further imagery does not hide the loss.
+    write(source / "class1" / "more.jpg", 77)
+    run(source)
+    with pytest.raises(AnswerIsNo, match="class2"):
+        run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+    params.edit(workspace.params_file, {"validate.retired_classes": ["class2"]})
     config = Config.load(workspace.params_file)
     assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
     # Another source has no previous version.
     run(class_folders(tmp_path / "other", classes=1, each=12))
-    params.edit(workspace.params_file, {"validate.classes_may_vanish": False})
+    params.edit(workspace.params_file, {"validate.retired_classes": []})
     config = Config.load(workspace.params_file)
     assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
 

@@ -74,6 +74,17 @@ def test_no_store_is_one_line(workspace):
         versions.add_store(workspace, config(workspace))
 
 
+def test_a_selection_names_the_version_it_was_made_from(workspace):
+    workspace.versions_file.parent.mkdir(parents=True)
+    rows = ('{"version": "a.dir", "manifest": "11"}', '{"version": "b.dir", "manifest": "22"}')
+    workspace.versions_file.write_text("\n".join(rows))
+    lock = (
+        "stages:\n  select:\n    deps:\n    - path: data/store/manifest.parquet\n      md5: '11'\n"
+    )
+    (workspace.root / "dvc.lock").write_text(lock)
+    assert versions.selected_version(workspace) == "a.dir"
+
+
 @pytest.mark.slow
 def test_versions_follow_the_store_through_links_that_may_not_be_written(run, workspace, tmp_path):
     source = class_folders(tmp_path / "in", each=6)
