@@ -21,7 +21,8 @@ TASKS = ("scene",)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 no, 2 bad input, 3 nobody answered)."""
-    arguments = build_parser().parse_args(argv)
+    given = Arguments(json=False, quiet=False, workspace=None)
+    arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
     try:
         return int(arguments.run(arguments) or 0)
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    # Before the verb or after it: what is not given sets nothing, and undoes nothing.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     common.add_argument("--quiet", action="store_true", help="no progress, no notes")
     common.add_argument("--workspace", metavar="DIR", help="the workspace; default: this folder")
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ringmo",
         description="Train a remote-sensing foundation model on your imagery, fine-tune it, and "
         "keep the better model in production.",
+        parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"ringmo {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)

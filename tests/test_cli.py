@@ -88,11 +88,13 @@ def test_bad_usage_is_one_line_and_exit_two(
     assert workspace.params_file.read_bytes() == before
 
 
+@pytest.mark.parametrize("before", [True, False])
 def test_an_error_is_json_where_json_was_asked_for(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], before: bool
 ) -> None:
-    arguments = ["run", "--data", "/nowhere", "--json", "--workspace", str(workspace.root)]
-    assert main(arguments) == 2
+    common = ["--json", "--workspace", str(workspace.root)]
+    verb = ["run", "--data", "/nowhere"]
+    assert main([*common, *verb] if before else [*verb, *common]) == 2
     answer = json.loads(capsys.readouterr().out)
     assert answer["exit_code"] == 2 and "no such folder" in answer["error"]
 
