@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
     try:
-        return int(arguments.run(arguments) or 0)
+        return _call(arguments)
     except RingmoError as error:
         if console.as_json:
             console.result({"error": str(error), "exit_code": error.exit_code}, "")
@@ -38,6 +38,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ringmo: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _call(arguments: Arguments) -> int:
+    try:
+        return int(arguments.run(arguments) or 0)
+    except ModuleNotFoundError as error:
+        if (error.name or "ringmo").split(".")[0] in ("ringmo", "flows"):
+            raise
+        raise BadInput(
+            f"{error.name} is not installed: `{arguments.verb}` needs "
+            "`pip install 'ringmo[platform]'`"
+        ) from None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -110,3 +110,13 @@ def test_an_empty_folder_is_refused_before_any_server_starts(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "empty" in error and "Traceback" not in error
+
+
+def test_a_part_that_is_not_installed_is_one_line(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in an installation for prediction only: None in sys.modules is Python's own "not there".
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert main(["models", "--workspace", str(workspace.root)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "mlflow" in error and "ringmo[platform]" in error
