@@ -98,7 +98,7 @@ def _judge(
     try:
         champion_score = _score(workspace, task, open_bundle(tracker, champion), rule)
     except BadInput as error:
-        how = f"to promote all the same: ringmo promote {task} --model {version} --force"
+        how = f"to promote all the same: ringmo promote {version} --force"
         why = f"the champion {champion} cannot be used, so there is nothing to compare with"
         return Verdict(False, [f"{why} ({error}); {how}"], figures)
     figures["champion_" + rule.metric] = champion_score[rule.metric]
