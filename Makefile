@@ -1,10 +1,11 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
 # make down                end the local servers    make test-fast   unit tests only
+# make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
 BIN := .venv/bin
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-fast lint down clean-env
+.PHONY: run test test-fast lint bench down clean-env
 .DELETE_ON_ERROR:
 
 run: .venv/ready
@@ -18,6 +19,10 @@ test-fast: .venv/ready
 
 lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ringmo flows
+
+bench: .venv/ready
+	@$(BIN)/python -m benchmarks $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') \
+	  $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 down: .venv/ready
 	@$(BIN)/ringmo down

@@ -80,12 +80,23 @@ def build_parser() -> argparse.ArgumentParser:
     def task_argument(added: argparse.ArgumentParser, *more: str) -> None:
         added.add_argument("task", choices=(*TASKS, *more), metavar="TASK", help="e.g. scene")
 
+    def settings_arguments(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--data", metavar="PATH", help="folder of imagery; class folders give labels"
+        )
+        added.add_argument(
+            "--recipe", metavar="NAME", help="write a named set of values to params.yaml"
+        )
+        added.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="set a value of params.yaml",
+        )
+
     run = verb("run", _run, "run the whole chain: new imagery in, the better model in production")
-    run.add_argument("--data", metavar="PATH", help="folder of imagery; class folders give labels")
-    run.add_argument("--recipe", metavar="NAME", help="write a named set of values to params.yaml")
-    run.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="set a value of params.yaml"
-    )
+    settings_arguments(run)
     run.add_argument("--dry-run", action="store_true", help="say what would run, and why")
 
     init = verb("init", _init, "make a workspace")
@@ -111,12 +122,14 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(dest="data_verb", metavar="COMMAND", required=True)
     verb("versions", _data_versions, "list data versions with tiles and classes", data_verbs)
 
+    compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
+    settings_arguments(compare)
+
     models = verb("models", _models, "versions, aliases and figures of the registered models")
     models.add_argument("task", nargs="?", choices=(*TASKS, "encoder"), metavar="TASK")
     models.add_argument("--history", action="store_true", help="every promotion and rollback")
     promote = verb("promote", _promote, "make a version the champion")
-    task_argument(promote, "encoder")
-    promote.add_argument("--model", metavar="REF", help="e.g. scene/7; default: the candidate")
+    promote.add_argument("ref", metavar="MODEL", help="a version, as scene/7; scene: its candidate")
     promote.add_argument("--force", action="store_true", help="although the gate refused it")
     rollback = verb("rollback", _rollback, "make the previous champion the champion again")
     task_argument(rollback, "encoder")
@@ -147,19 +160,10 @@ def _open(arguments: Arguments) -> "tuple[Config, Workspace]":
 
 def _run(arguments: Arguments) -> int:
     from ringmo import config as configuration
-    from ringmo.workspace import Workspace, template
+    from ringmo.workspace import Workspace
 
     workspace = Workspace.find(arguments.workspace)
-    changes: dict[str, Any] = {}
-    if arguments.recipe:
-        recipe = template("recipes") / f"{arguments.recipe}.yaml"
-        if not recipe.is_file():
-            known = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
-            raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
-        changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
-    changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
-    if arguments.data:
-        changes["ingest.sources"] = [_source(arguments.data)]
+    changes = _changes(arguments)
     if changes and not arguments.dry_run:
         configuration.edit(workspace.params_file, changes)
 
@@ -173,6 +177,24 @@ def _run(arguments: Arguments) -> int:
     summary = chain.run(configuration.Config.load(workspace.params_file), workspace)
     console.result(summary, chain.summary_text(summary))
     return int(summary["exit_code"])
+
+
+def _changes(arguments: Arguments) -> dict[str, Any]:
+    """What --recipe, --set and --data change in params.yaml, by dotted key."""
+    from ringmo import config as configuration
+    from ringmo.workspace import template
+
+    changes: dict[str, Any] = {}
+    if arguments.recipe:
+        recipe = template("recipes") / f"{arguments.recipe}.yaml"
+        if not recipe.is_file():
+            known = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
+            raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
+        changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
+    changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
+    if arguments.data:
+        changes["ingest.sources"] = [_source(arguments.data)]
+    return changes
 
 
 def _source(text: str) -> str:
@@ -251,16 +273,19 @@ def _print_report(report: "Report") -> int:
 
 
 def _ingest(arguments: Arguments) -> int:
+    return _print_report(_ingested(*_open(arguments)))
+
+
+def _ingested(config: "Config", workspace: "Workspace") -> "Report":
     from ringmo.data import versions
     from ringmo.data.ingest import ingest
     from ringmo.stage import failure_reported
 
-    config, workspace = _open(arguments)
     with failure_reported(workspace, "ingest"):
         report = ingest(config, workspace)
         report.figures["data_version"] = versions.add_store(workspace, config)
         report.write(workspace.report_file("ingest"))
-    return _print_report(report)
+    return report
 
 
 def _stage(arguments: Arguments, name: str, function: str, **options: Any) -> int:
@@ -287,13 +312,38 @@ def _select(arguments: Arguments) -> int:
     return _stage(arguments, "select", "ringmo.data.selection:select")
 
 
+def _training(
+    arguments: Arguments, again: list[str], name: str, function: str, **options: Any
+) -> int:
+    """Run a stage that trains, in as many processes as hardware.devices says.
+
+    Each runs the command `again` under torchrun; the first alone has outputs and a report.
+    """
+    from ringmo.training import launch
+
+    if launch.joined():
+        launch.end_with_torchrun()
+        if not launch.leads():
+            console.quiet, console.as_json = True, False
+            return launch.follow(*_open(arguments), function, options)
+    else:
+        config, workspace = _open(arguments)
+        if (count := launch.processes(config.hardware)) > 1:
+            flags = ["--quiet"] * arguments.quiet + ["--json"] * arguments.json
+            where = ["--workspace", str(workspace.root)]
+            return launch.torchrun(count, [*again, *where, *flags])
+    return _stage(arguments, name, function, **options)
+
+
 def _pretrain(arguments: Arguments) -> int:
-    return _stage(arguments, "pretrain", "ringmo.training.pretrain:pretrain")
+    function = "ringmo.training.pretrain:pretrain"
+    return _training(arguments, ["pretrain"], "pretrain", function)
 
 
 def _finetune(arguments: Arguments) -> int:
-    return _stage(
+    return _training(
         arguments,
+        ["finetune", arguments.task, *["--from-scratch"] * arguments.from_scratch],
         f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}",
         "ringmo.training.finetune:finetune",
         task=arguments.task,
@@ -344,6 +394,31 @@ def _data_versions(arguments: Arguments) -> None:
     console.result({"versions": rows}, text if rows else "No data version yet. Next: ringmo ingest")
 
 
+def _compare(arguments: Arguments) -> None:
+    from dataclasses import asdict
+
+    from ringmo import config as configuration
+    from ringmo.workspace import Workspace
+
+    workspace = Workspace.find(arguments.workspace)
+    if changes := _changes(arguments):
+        configuration.edit(workspace.params_file, changes)
+    config = configuration.Config.load(workspace.params_file)
+    if arguments.data or not (workspace.work("select") / "scene.parquet").is_file():
+        from ringmo.data.selection import select
+        from ringmo.data.validation import validate
+        from ringmo.stage import run_stage
+
+        _ingested(config, workspace)
+        run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+        run_stage(workspace, "select", lambda out: select(config, workspace, out))
+
+    from ringmo.evaluation import compare
+
+    report = compare.run(config, workspace)
+    console.result(asdict(report), compare.text(report))
+
+
 def _models(arguments: Arguments) -> None:
     from ringmo.registry import lineage, promotion
 
@@ -374,16 +449,12 @@ def _promote(arguments: Arguments) -> None:
     from ringmo.registry import lineage, promotion
 
     _, workspace = _open(arguments)
-    version = None
-    if arguments.model:
-        resolved = lineage.resolve(workspace, arguments.model)
-        if resolved.model != arguments.task:
-            raise BadInput(f"--model {arguments.model} is no version of {arguments.task}")
-        version = resolved.version
+    ref = arguments.ref
+    chosen = lineage.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
     moved = promotion.promote(
         workspace,
-        arguments.task,
-        version,
+        chosen.model,
+        chosen.version,
         by=_mover(arguments),
         reason=arguments.reason,
         force=arguments.force,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ringmo.errors import BadInput
 
@@ -32,10 +32,13 @@ class Ingest(Section):
 
 
 class Sensor(Section):
-    """Bands in order; mean and standard deviation a band, in the unit of the pixels."""
+    """Bands in order; mean and standard deviation a band, in the unit of the pixels.
+
+    dtype is that of the decoded pixels: files of float64 are decoded to float32.
+    """
 
     bands: list[str] = Field(min_length=1)
-    dtype: Literal["uint8"]
+    dtype: Literal["uint8", "uint16", "int16", "float32"]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
 
@@ -44,6 +47,14 @@ class Sensor(Section):
         if not len(self.bands) == len(self.mean) == len(self.std):
             raise ValueError("mean and std need one value for each band")
         return self
+
+    @property
+    def shown(self) -> list[int]:
+        """The bands that a picture shows as red, green and blue, or the one it shows as grey."""
+        for colours in (["red", "green", "blue"], ["B04", "B03", "B02"]):
+            if set(colours) <= set(self.bands):
+                return [self.bands.index(name) for name in colours]
+        return [0, 1, 2] if len(self.bands) >= 3 else [0]
 
 
 class Split(Section):
@@ -73,30 +84,56 @@ class Select(Section):
 
 
 class Model(Section):
-    """The encoder's architecture, in timm's words."""
+    """The encoder's architecture, in timm's words.
 
-    backbone: Literal["swin"] = "swin"
+    Swin has a depth and a number of heads for each stage, a ViT one of each, no windows, and
+    positions: `relative` as BEiT (a table that all blocks share in pre-training, one a block in
+    fine-tuning) or `sincos`, fixed sine-cosine, as MAE.
+    """
+
+    backbone: Literal["swin", "vit"] = "swin"
     stem: Literal["pi_conv", "patch"] = "pi_conv"
+    position: Literal["relative", "sincos"] = "relative"
     image_size: int = Field(64, ge=16)
     patch_size: Literal[4, 8, 16] = 4
     embed_dim: int = Field(48, ge=8)
     depths: list[Positive] = Field(min_length=1, max_length=4)
     num_heads: list[Positive] = Field(min_length=1, max_length=4)
-    window_size: Positive = 4
+    window_size: Positive | None = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _windows(cls, values: Any) -> Any:
+        # One architecture has one description, whatever a recipe before it left in params.yaml.
+        if isinstance(values, dict) and values.get("backbone") == "vit":
+            return {**values, "window_size": None}
+        return values
 
     @model_validator(mode="after")
     def _fits(self) -> "Model":
+        if self.backbone == "vit" and (len(self.depths), len(self.num_heads)) != (1, 1):
+            raise ValueError("depths and num_heads have one value for a vit: [12], [12]")
+        if self.backbone == "swin" and self.window_size is None:
+            raise ValueError("window_size: swin needs one")
+        if self.backbone == "swin" and self.position != "relative":
+            raise ValueError(f"position: swin's is relative, {self.position} needs backbone: vit")
         if len(self.depths) != len(self.num_heads):
             raise ValueError("depths and num_heads need one value for each Swin stage")
-        stride = self.patch_size * 2 ** (len(self.depths) - 1)
-        if self.image_size % stride:
-            raise ValueError(f"image_size must be a multiple of {stride}, the encoder's stride")
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size must be a multiple of {self.stride}, the encoder's stride"
+            )
         if self.embed_dim % 4:
             raise ValueError("embed_dim must be a multiple of 4, for the stem")
         for i, heads in enumerate(self.num_heads):
             if self.embed_dim * 2**i % heads:
                 raise ValueError(f"{heads} heads do not divide {self.embed_dim * 2**i} channels")
         return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels a feature stands for: the patch, and for each further Swin stage twice as many."""
+        return self.patch_size << (len(self.depths) - 1)
 
 
 class Training(Section):
@@ -105,6 +142,7 @@ class Training(Section):
     epochs: Positive
     warmup_epochs: int = Field(ge=0)
     batch_size: Positive
+    accumulate: Positive = 1
     base_lr: float = Field(gt=0)
     min_lr: float = Field(ge=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -120,27 +158,87 @@ class Training(Section):
             raise ValueError("warmup_epochs must be fewer than epochs")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError("crop_scale is [smallest, largest]")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: {self.accumulate} micro-batches do not divide batch_size "
+                f"({self.batch_size})"
+            )
         return self
 
 
 class Pretrain(Training):
     refresh: Literal["full", "keep"] = "full"
+    method: Literal["ringmo", "simmim", "mae"] = "ringmo"
+    init: str | None = None
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field({"rgb": 1.0}, min_length=1)
     mask_patch_size: Positive = 32
     mask_ratio: Ratio = 0.6
     inside_ratio: Ratio = 0.6
+    lbp: bool = False
     picture_every: Positive = 5
+    knn_every: Positive = 5
 
 
 class Finetune(Training):
+    image_size: Annotated[int, Field(ge=16)] | None = None
+    window_size: Positive | None = None
     layer_decay: Ratio = 1.0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
+
+    def sized(self, model: Model) -> Model:
+        """An encoder's architecture at the sizes of fine-tuning.
+
+        Raises:
+            ValueError: they do not fit the architecture.
+        """
+        sizes = {"image_size": self.image_size, "window_size": self.window_size}
+        changed = {name: size for name, size in sizes.items() if size is not None}
+        try:
+            return Model.model_validate({**model.model_dump(), **changed})
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"finetune: {changed}: {said}") from None
+
+
+class Hardware(Section):
+    """What a machine has and how it is used; results do not depend on it but for rounding."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: Literal["auto"] | Positive = "auto"
+    precision: Literal["auto", 32, "bf16"] = "auto"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _computes(self) -> "Hardware":
+        if self.accelerator == "cpu" and self.precision == "bf16":
+            raise ValueError("precision: a CPU computes in 32 bits here: set auto or 32")
+        return self
 
 
 class Evaluate(Section):
     histogram_baseline: bool = True
     bootstrap_samples: int = Field(1000, ge=100)
     worst: Positive = 24
+
+
+class Compare(Section):
+    """`ringmo compare`: the first of `methods` is the one that is compared with all others."""
+
+    methods: list[Literal["ringmo", "simmim", "mae"]] = Field(
+        default=["ringmo", "simmim"], min_length=1
+    )
+    labels_per_class: list[Positive] = Field(default=[5, 20, 80], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 2, 3], min_length=1)
+    finetune_steps: Positive = 1000
+    scratch_equal_total: bool = True
+
+    @field_validator("methods", "labels_per_class", "seeds")
+    @classmethod
+    def _once_each(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) < len(values):
+            raise ValueError("each may stand here once")
+        return values
 
 
 class Gate(Section):
@@ -186,7 +284,9 @@ class Config(Section):
     model: Model
     pretrain: Pretrain
     finetune: dict[Literal["scene"], Finetune]
+    hardware: Hardware = Hardware()
     evaluate: Evaluate
+    compare: Compare = Compare()
     gate: dict[Literal["scene"], Gate]
     run: Run
     schedule: Schedule
@@ -195,15 +295,43 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        first: dict[tuple[int, str], str] = {}
+        for name, sensor in self.sensors.items():
+            bands = len(sensor.bands)
+            other = first.setdefault((bands, sensor.dtype), name)
+            if other != name:
+                raise ValueError(
+                    f"sensors: `{other}` and `{name}` both have {bands} bands of {sensor.dtype}, "
+                    f"so no file could tell which of them made it: keep one"
+                )
         if self.select.sensor not in self.sensors:
             raise ValueError(
                 f"select.sensor: `{self.select.sensor}` is not among sensors "
                 f"({', '.join(self.sensors)})"
             )
+        for name in self.pretrain.mix:
+            if name not in self.sensors:
+                raise ValueError(
+                    f"pretrain.mix: `{name}` is not among sensors ({', '.join(self.sensors)})"
+                )
+        if self.select.sensor not in self.pretrain.mix:
+            raise ValueError(
+                f"pretrain.mix: the tasks' sensor `{self.select.sensor}` (select.sensor) is "
+                f"missing: give it a share"
+            )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
-        if self.model.image_size % self.pretrain.mask_patch_size:
+            self.finetune[task].sized(self.model)
+        method = self.pretrain.method
+        if method == "mae" and (self.model.backbone, self.model.position) != ("vit", "sincos"):
+            raise ValueError(
+                "pretrain.method: mae drops tokens, which needs model.backbone: vit with "
+                "model.position: sincos"
+            )
+        if self.pretrain.init is not None and self.model.stem != "patch":
+            raise ValueError("pretrain.init: weights of timm need its stem: model.stem: patch")
+        if method != "mae" and self.model.image_size % self.pretrain.mask_patch_size:
             raise ValueError(
                 f"pretrain.mask_patch_size: {self.pretrain.mask_patch_size} does not divide "
                 f"model.image_size ({self.model.image_size})"

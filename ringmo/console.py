@@ -39,7 +39,7 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] | None = None) ->
 class Progress:
     """A bar with the time left on a terminal; a line every `every_s` seconds elsewhere."""
 
-    def __init__(self, label: str, total: int, every_s: float = 30.0) -> None:
+    def __init__(self, label: str, total: int, every_s: float = 60.0) -> None:
         self.label, self.total, self.every_s = label, total, every_s
         self.done = 0
         self.started = self.last_line = time.monotonic()

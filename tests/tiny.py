@@ -10,9 +10,9 @@ TINY = {
     "pretrain.mask_patch_size": 8,
     "pretrain.epochs": 2,
     "pretrain.warmup_epochs": 1,
-    "pretrain.batch_size": 16,
+    "pretrain.batch_size": 12,
     "finetune.scene.epochs": 2,
     "finetune.scene.warmup_epochs": 1,
-    "finetune.scene.batch_size": 16,
+    "finetune.scene.batch_size": 12,
     "run.retry_delay_s": 0,
 }

@@ -1,7 +1,8 @@
-"""Encoded tiles to pixels: JPEG by libjpeg-turbo, PNG by Pillow, TIFF by GDAL.
+"""Encoded tiles to pixels: JPEG by libjpeg-turbo, PNG by Pillow, TIFF (and 16-bit PNG) by GDAL.
 
 The content decides, never a file's name. Decoding is strict: a truncated image is an error, not
-a picture that is grey from the middle on.
+a picture that is grey from the middle on. And what it gives can be trained on: where a band of
+more than 8 bits has no data, it has the mean of what it has, never -9999 or NaN.
 """
 
 import io
@@ -14,7 +15,11 @@ from numpy.typing import NDArray
 
 from ringmo.errors import BadInput
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]  # uint8, uint16, int16 or float32: its sensor's
+
+# What a TIFF's bands may be → what its pixels are decoded to.
+DTYPES = {name: name for name in ("uint8", "uint16", "int16", "float32")} | {"float64": "float32"}
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def kind(data: bytes) -> str | None:
@@ -29,19 +34,29 @@ def kind(data: bytes) -> str | None:
 
 
 def decode(data: bytes) -> Pixels:
-    """Pixels of an encoded tile, uint8 (H, W, C): RGB for the sensor rgb, an alpha band dropped.
+    """Pixels of an encoded tile, (H, W, C): RGB for the sensor rgb, an alpha band dropped.
+
+    uint8, uint16 or int16 as stored, float32 for floats of either size. In all but uint8, each
+    band's missing values (nodata, masked, NaN, infinite) are the mean of the band's others in
+    this tile, and 0 in a band that has none.
 
     Raises:
-        BadInput: not an image, truncated, or not 8-bit; the reason without the file's name.
+        BadInput: not an image, truncated, or of another dtype; the reason without the file's name.
     """
     form = kind(data)
     if form == "jpg":
         return _jpeg(data)
     if form == "png":
-        return _pillow(data)
+        # Pillow would cut 16-bit colours down to 8.
+        return _gdal(data, "PNG") if deep_png(data) else _pillow(data)
     if form == "tif":
-        return _tiff(data)
+        return _gdal(data, "GTiff")
     raise BadInput("not an image" if data else "empty file")
+
+
+def deep_png(head: bytes) -> bool:
+    """Whether a PNG, of which these are the first bytes, has 16 bits a band."""
+    return head[24:25] == b"\x10"
 
 
 def _jpeg(data: bytes) -> Pixels:
@@ -64,16 +79,12 @@ def _pillow(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
             image: Image.Image = opened
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise BadInput("more than 8 bits a band")
             image.load()
             if image.mode in ("1", "LA"):
                 image = image.convert("L")
             elif image.mode in ("P", "CMYK", "RGBA", "PA"):
                 image = image.convert("RGB")
             pixels = np.asarray(image)
-    except BadInput:
-        raise
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -81,19 +92,59 @@ def _pillow(data: bytes) -> Pixels:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _tiff(data: bytes) -> Pixels:
+def _gdal(data: bytes, driver: str) -> Pixels:
     from rasterio.errors import RasterioError, RasterioIOError
     from rasterio.io import MemoryFile
 
     expect_no_coordinates()
     try:
-        with MemoryFile(data) as memory, memory.open(driver="GTiff") as scene:
-            if scene.dtypes[0] != "uint8":
-                raise BadInput(f"bands of {scene.dtypes[0]}, not uint8")
-            bands: Any = scene.read(colour_bands(scene))
+        with MemoryFile(data) as memory, memory.open(driver=driver) as scene:
+            if scene.dtypes[0] not in DTYPES:
+                raise BadInput(f"bands of {scene.dtypes[0]}: {', '.join(DTYPES)} are read")
+            return filled(*read(scene))
     except (RasterioIOError, RasterioError) as error:
-        raise BadInput(f"damaged TIFF: {_short(error)}") from None
-    return np.ascontiguousarray(bands.transpose(1, 2, 0))
+        name = "PNG" if driver == "PNG" else "TIFF"
+        raise BadInput(f"damaged {name}: {_short(error)}") from None
+
+
+def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | None]:
+    """Bands of an open rasterio dataset as they are, (H, W, C), and where they lack data.
+
+    Args:
+        window: ((row, end), (col, end)); None: all of it.
+
+    Returns:
+        The second is of the same shape; None where nothing is missing, and for uint8, where
+        missing pixels stay what they are (black, as a rule).
+    """
+    from rasterio.enums import MaskFlags
+
+    bands = colour_bands(scene)
+    raw: Pixels = np.ascontiguousarray(scene.read(bands, window=window).transpose(1, 2, 0))
+    if raw.dtype == np.uint8:
+        return raw, None
+    gaps: NDArray[np.bool_] = np.zeros(raw.shape, np.bool_)
+    flags = scene.mask_flag_enums
+    if any(MaskFlags.all_valid not in flags[band - 1] for band in bands):
+        gaps |= scene.read_masks(bands, window=window).transpose(1, 2, 0) == 0
+    if raw.dtype.kind == "f":
+        # Also true of NaN; and a float64 that no float32 can hold is no measurement.
+        gaps |= ~(np.abs(raw) <= FLOAT32_MAX)
+    return raw, gaps if gaps.any() else None
+
+
+def filled(raw: Pixels, gaps: NDArray[np.bool_] | None) -> Pixels:
+    """Pixels to train on, of what `read` gave: float32 for floats, gaps as `decode` says."""
+    dtype = np.dtype(DTYPES[str(raw.dtype)])
+    if gaps is None:
+        return raw.astype(dtype, copy=False)
+    pixels = np.where(gaps, 0, raw).astype(dtype)
+    for band in np.flatnonzero(gaps.any(axis=(0, 1))):
+        has = ~gaps[..., band]
+        if has.any():
+            mean = pixels[..., band][has].mean(dtype=np.float64)
+            pixels[..., band][~has] = mean if dtype.kind == "f" else round(float(mean))
+    return pixels
 
 
 @lru_cache(maxsize=1)

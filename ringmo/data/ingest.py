@@ -14,14 +14,14 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.config import Config, digest
+from ringmo.config import Config, Sensor, digest
 from ringmo.data import places, scenes, store
-from ringmo.data.measures import measure
+from ringmo.data.measures import Measures, measure
 from ringmo.data.sources import Image, list_images
 from ringmo.errors import BadInput
 from ringmo.stage import Report, write_json
@@ -35,6 +35,8 @@ Row = dict[str, Any]
 GENERATED = "generated"
 UNREADABLE = "unreadable"  # in place of a hash: permissions can change without a trace
 AHEAD = 64  # images read ahead of the one whose turn it is
+# What reading a tile again may find different: the sensor's name, and measures on its scale.
+JUDGED = ("sensor", *(measured.name for measured in fields(Measures)))
 WORKERS = 4  # decoding, hashing and most of the measuring run outside the interpreter's lock
 
 QUARANTINE_COLUMNS = {"source": "string", "source_root": "string", "reason": "string"}
@@ -142,6 +144,9 @@ def _ingest(config: Config, workspace: Workspace) -> Report:
         gathered = _gather(config, images, old, scan, writer)
         _refuse_if_bad(config, images, gathered)
         rows = gathered.rows
+        for text in _unlabel_sensor_folders(rows):
+            report.notes.append(text)
+            console.note(f"ingest: {text}")
         new = [row for row in rows if "place" not in row]
         links = _place(config, root, old, gathered, new, writer)
         writer.commit()
@@ -185,7 +190,11 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
 
 def _settings(config: Config) -> str:
     """Digest of the parameters that decide what an image becomes."""
-    sensors = {name: [s.bands, s.dtype] for name, s in config.sensors.items()}
+    sensors = {
+        # Pixels of 8 bits are measured as they are, all others on their sensor's scale.
+        name: [s.bands, s.dtype] + ([] if s.dtype == "uint8" else [s.mean, s.std])
+        for name, s in config.sensors.items()
+    }
     return digest(config.ingest.tile_size, config.ingest.max_nodata_share, sensors)[:16]
 
 
@@ -223,6 +232,7 @@ def records(frame: "pandas.DataFrame") -> list[Row]:
 
 
 def _plain(frame: "pandas.DataFrame") -> list[Row]:
+    # The names of our columns are text, which pandas' types do not say.
     rows: list[Row] = frame.to_dict("records")  # type: ignore[assignment]
     return rows
 
@@ -324,7 +334,7 @@ def _gather(
         if outcome.reason is None and read.large:
             _cut(config, image, read, known, keep, writer, gathered)
         elif outcome.reason is None:
-            found = [(dict(known[key]), None) for key in outcome.keys if key in known]
+            found = [(_again(known[key], read.row), None) for key in outcome.keys if key in known]
             fresh = [(read.row, read.tile.data)] if read.row and read.tile and not found else []
             for row, data in [*found, *fresh]:
                 # The same pixels can come in two different files: a GeoTIFF with other tags.
@@ -358,6 +368,11 @@ def _gather(
     return gathered
 
 
+def _again(known: Row, row: Row | None) -> Row:
+    """A known tile's row, with what reading it again has found."""
+    return known | ({name: row[name] for name in JUDGED} if row else {})
+
+
 def _if(outcome: Outcome | None, usable: Callable[[Outcome | None], bool]) -> Outcome | None:
     return outcome if usable(outcome) else None
 
@@ -378,15 +393,15 @@ def _read(config: Config, image: Image, seen: Callable[[str], Outcome | None]) -
     if moved is not None:
         return Read(moved)
     try:
-        sensor, tile = scenes.read_whole(image.file, config.ingest.tile_size, config.sensors)
+        name, tile = scenes.read_whole(image.file, config.ingest.tile_size, config.sensors)
     except BadInput as error:
         return Read(Outcome(content, str(error)))
     if tile is None:
-        return Read(Outcome(content), sensor, large=True)
+        return Read(Outcome(content), name, large=True)
     if tile.valid is not None and not tile.valid.any():
         return Read(Outcome(content, "no data in it"))
-    row = _row(content, sensor, tile)
-    return Read(Outcome(content, None, [row["key"]]), sensor, tile, row)
+    row = _row(content, name, config.sensors[name], tile)
+    return Read(Outcome(content, None, [row["key"]]), name, tile, row)
 
 
 def _cut(
@@ -402,14 +417,15 @@ def _cut(
     mark, rows = writer.mark(), len(gathered.rows)
     outcome = read.outcome
     try:
+        sensor = config.sensors[read.sensor]
         tiles = scenes.cut(image.file, config.ingest.tile_size, config.ingest.max_nodata_share)
         for tile in tiles:
-            row = None if tile is None else _row(outcome.hash, read.sensor, tile)
+            row = None if tile is None else _row(outcome.hash, read.sensor, sensor, tile)
             if row is None or tile is None:
                 outcome.skipped += 1
             elif row["key"] in known:
                 outcome.keys.append(row["key"])
-                outcome.skipped += not keep(image, dict(known[row["key"]]), None)
+                outcome.skipped += not keep(image, _again(known[row["key"]], row), None)
             elif keep(image, row, tile.data):
                 outcome.keys.append(row["key"])
             else:
@@ -423,7 +439,7 @@ def _cut(
     gathered.skipped += outcome.skipped
 
 
-def _row(content: str, sensor: str, tile: scenes.Tile) -> Row:
+def _row(content: str, name: str, sensor: Sensor, tile: scenes.Tile) -> Row:
     """A tile's row of the manifest, as far as its pixels and its scene know."""
     height, width, bands = tile.pixels.shape
     minx, miny, maxx, maxy = tile.bounds
@@ -436,7 +452,7 @@ def _row(content: str, sensor: str, tile: scenes.Tile) -> Row:
         "col": tile.col,
         "width": width,
         "height": height,
-        "sensor": sensor,
+        "sensor": name,
         "bands": bands,
         "dtype": str(tile.pixels.dtype),
         "crs": tile.crs,
@@ -446,7 +462,7 @@ def _row(content: str, sensor: str, tile: scenes.Tile) -> Row:
         "maxy": maxy,
         "gsd_m": tile.gsd_m,
         "acquired": tile.acquired,
-        **asdict(measure(tile.pixels, tile.valid)),
+        **asdict(measure(tile.pixels, tile.valid, sensor)),
         "content_hash": store.sha256(tile.data),
     }
 
@@ -470,6 +486,36 @@ def _refuse_if_bad(config: Config, images: list[Image], gathered: Gathered) -> N
             f"{reason}; {example}): mend them, or raise ingest.max_bad_share "
             f"({config.ingest.max_bad_share})"
         )
+
+
+def _unlabel_sensor_folders(rows: list[Row]) -> list[str]:
+    """Take away labels that name a sensor and no class, as in S1/, S2/; returns what to tell.
+
+    A folder is a sensor's where the source has several sensors, and all tiles of one of them and
+    no other's lie in it.
+    """
+    notes = []
+    for root in sorted({row["source_root"] for row in rows}):
+        labels: dict[str, set[str | None]] = {}
+        sensors: dict[str | None, set[str]] = {}
+        for row in rows:
+            if row["source_root"] == root:
+                labels.setdefault(row["sensor"], set()).add(row["label"])
+                sensors.setdefault(row["label"], set()).add(row["sensor"])
+        own = {
+            label
+            for folders in labels.values()
+            for label in folders
+            if label is not None and len(folders) == len(sensors[label]) == 1
+        }
+        if len(labels) < 2 or not own:
+            continue
+        for row in rows:
+            if row["source_root"] == root and row["label"] in own:
+                row["label"] = None
+        names = ", ".join(sorted(str(label) for label in own))
+        notes.append(f"{root}: no labels from {names}: such a folder is a sensor's, not a class")
+    return notes
 
 
 def _kind(reason: str) -> str:

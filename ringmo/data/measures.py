@@ -7,12 +7,20 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ringmo.config import Sensor
+from ringmo.data.decode import Pixels
+
 THUMBNAIL = 32  # pixels; what the perceptual hash and the second look at near-duplicates see
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Columns of the manifest; mean and std over the valid pixels of all bands."""
+    """Columns of the manifest; mean and std over the valid pixels of all bands.
+
+    In 8-bit steps for every dtype, so that one threshold tells what is blank: pixels of more
+    than 8 bits are scaled (`eight_bit`), and their std is the deviation within the bands, whose
+    levels differ by nature.
+    """
 
     nodata_share: float
     saturated_share: float
@@ -23,13 +31,21 @@ class Measures:
     phash: str
 
 
-def measure(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -> Measures:
+def measure(
+    pixels: Pixels, valid: NDArray[np.bool_] | None = None, sensor: Sensor | None = None
+) -> Measures:
     """Measures of one tile.
 
     Args:
-        pixels: uint8 (H, W, C).
+        pixels: (H, W, C), as `decode` gives them.
         valid: (H, W), False where there is no data; None where every pixel counts.
+        sensor: whose pixels they are; uint8 needs none.
     """
+    plain = pixels
+    if pixels.dtype != np.uint8:
+        if sensor is None:
+            raise ValueError(f"measures of {pixels.dtype} need the sensor")
+        pixels = eight_bit(pixels, sensor)
     values = pixels if valid is None else pixels[valid]
     if values.size == 0:
         return Measures(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, f"{0:016x}")
@@ -39,7 +55,11 @@ def measure(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -
     counts = np.bincount(values.ravel(), minlength=256)
     levels = np.arange(256)
     mean = float(counts @ levels / values.size)
-    variance = float(counts @ (levels - mean) ** 2 / values.size)
+    if plain.dtype == np.uint8:
+        variance = float(counts @ (levels - mean) ** 2 / values.size)
+    else:
+        flat = values.reshape(-1, bands)
+        variance = float(np.mean([flat[:, band].var(dtype=np.float64) for band in range(bands)]))
 
     shade = grey(pixels)
     histogram = np.bincount((shade if valid is None else shade[valid]).ravel(), minlength=256)
@@ -51,12 +71,24 @@ def measure(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None = None) -
         std=round(math.sqrt(variance), 4),
         entropy=round(float(abs(shares @ np.log2(shares))), 4),
         sharpness=round(_laplacian_variance(shade), 4),
-        phash=perceptual_hash(shade),
+        # Of the pixels as they are: a hash needs an order of values, no scale, and 8 bits of a
+        # sensor's whole range leave few for one scene.
+        phash=perceptual_hash(shade if plain.dtype == np.uint8 else grey(plain)),
     )
 
 
-def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The bands' mean (for three bands ITU-R 601 luma), uint8 (H, W)."""
+def eight_bit(pixels: Pixels, sensor: Sensor) -> NDArray[np.uint8]:
+    """Each band scaled so that the sensor's mean ± 3 standard deviations are 0 to 255."""
+    scale = 255 / (6 * np.array(sensor.std, np.float32))
+    scaled = (pixels - np.array(sensor.mean, np.float32)) * scale + np.float32(127.5)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def grey(pixels: Pixels) -> Pixels:
+    """The bands' mean (of three bands of uint8 ITU-R 601 luma), (H, W): uint8 of uint8, of
+    others float32."""
+    if pixels.dtype != np.uint8:
+        return np.asarray(pixels.mean(axis=2, dtype=np.float32))
     if pixels.shape[2] == 3:
         from PIL import Image
 
@@ -65,7 +97,7 @@ def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return mean
 
 
-def thumbnail(shade: NDArray[np.uint8]) -> NDArray[np.float32]:
+def thumbnail(shade: Pixels) -> NDArray[np.float32]:
     """The whole tile as THUMBNAIL x THUMBNAIL grey values, each the mean of its area."""
     from PIL import Image
 
@@ -74,7 +106,7 @@ def thumbnail(shade: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(small, dtype=np.float32)
 
 
-def perceptual_hash(shade: NDArray[np.uint8]) -> str:
+def perceptual_hash(shade: Pixels) -> str:
     """64 bits as 16 hex digits: signs of the 8x8 lowest frequencies about their median.
 
     Compression and rescaling flip a few bits, another scene about half of them.

@@ -192,6 +192,8 @@ def assign(
     hashes = np.array([int(every[i]["phash"], 16) for i in textured], np.uint64)
     for i, j in near_duplicates(hashes, near_bits, new[textured]):
         a, b = int(textured[i]), int(textured[j])
+        if every[a]["sensor"] != every[b]["sensor"]:
+            continue  # one place seen twice has one footprint; what looks like it proves nothing
         if groups.find(a) != groups.find(b) and look_alike(fetch(every[a]), fetch(every[b])):
             counts["near_duplicates"] += groups.join(a, b)
 
@@ -246,7 +248,9 @@ def _split(
         return -len(rows), hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
     for name, rows in sorted((("p" + min(r["key"] for r in g), g) for g in places), key=order):
-        labels = sorted(_label(row) for row in rows)
+        every = sorted(_label(row) for row in rows)
+        # Where one sensor's tiles have labels, the others' beside them are not to outvote them.
+        labels = [label for label in every if label] or every
         have = counts[max(labels, key=labels.count)]
         total = sum(have.values()) + len(rows)
         lack = {split: share * total - have[split] for split, share in wanted.items()}

@@ -37,13 +37,17 @@ METRES_PER_DEGREE = 111_320
 
 @dataclass
 class Tile:
-    """One tile, encoded and decoded. `valid` is None where every pixel has data."""
+    """One tile, encoded and decoded. `valid` is None where every pixel has data.
+
+    In uint8 a pixel has data where the file says so; in other integers where any band has, since
+    a single band's 0 may be a measurement; in floats where every band has.
+    """
 
     row: int
     col: int
     form: str
     data: bytes
-    pixels: NDArray[np.uint8]
+    pixels: decode.Pixels
     valid: NDArray[np.bool_] | None = None
     crs: str | None = None
     bounds: tuple[float, float, float, float] = (math.nan,) * 4
@@ -57,23 +61,30 @@ def file_hash(path: Path) -> str:
 
 
 def sensor_of(bands: int, dtype: str, sensors: dict[str, Sensor]) -> str:
-    """Name of the sensor that these bands fit.
+    """Name of the sensor that these bands fit: by their number and dtype, which no two share.
+
+    float64 fits a sensor of float32, which is what it is decoded to.
 
     Raises:
         BadInput: none fits; the reason names the nearest.
     """
+    decoded = decode.DTYPES.get(dtype)
     for name, sensor in sensors.items():
-        if len(sensor.bands) == bands and sensor.dtype == dtype:
+        if len(sensor.bands) == bands and sensor.dtype == decoded:
             return name
 
     def distance(name: str) -> tuple[bool, int]:
-        return sensors[name].dtype != dtype, abs(len(sensors[name].bands) - bands)
+        return sensors[name].dtype != decoded, abs(len(sensors[name].bands) - bands)
 
     near = min(sensors, key=distance)
     raise BadInput(
-        f"{bands} band{'s fit' if bands != 1 else ' fits'} no sensor, of {dtype} (nearest: {near}, "
-        f"{len(sensors[near].bands)} bands of {sensors[near].dtype})"
+        f"{_bands(bands)} of {dtype} {'fits' if bands == 1 else 'fit'} no sensor (nearest: {near}, "
+        f"{_bands(len(sensors[near].bands))} of {sensors[near].dtype})"
     )
+
+
+def _bands(count: int) -> str:
+    return f"{count} band{'s' if count != 1 else ''}"
 
 
 def read_whole(path: Path, tile_size: int, sensors: dict[str, Sensor]) -> tuple[str, Tile | None]:
@@ -103,9 +114,11 @@ def _header(path: Path) -> tuple[int, int, int, str]:
     from PIL import Image
 
     try:
+        with path.open("rb") as file:
+            head = file.read(26)
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             bands = {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.get(image.mode, 1)
-            deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+            deep = decode.kind(head) == "png" and decode.deep_png(head)
             return image.width, image.height, bands, "uint16" if deep else "uint8"
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
@@ -147,19 +160,19 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _whole_tiff(path: Path, tile_size: int, sensors: dict[str, Sensor]) -> tuple[str, Tile | None]:
     with _opened(path) as scene:
-        bands = decode.colour_bands(scene)
-        sensor = sensor_of(len(bands), scene.dtypes[0], sensors)
-        _refuse_bomb(path, scene.width * scene.height * len(bands))
+        bands = len(decode.colour_bands(scene))
+        sensor = sensor_of(bands, scene.dtypes[0], sensors)
+        _refuse_bomb(path, scene.width * scene.height * bands * np.dtype(scene.dtypes[0]).itemsize)
         if max(scene.width, scene.height) > 2 * tile_size:
             return sensor, None
-        pixels = np.ascontiguousarray(scene.read(bands).transpose(1, 2, 0))
-        valid = _valid(scene, (0, 0, scene.height, scene.width))
-        tile = _located(scene, Tile(0, 0, "tif", b"", pixels, valid))
+        raw, gaps = decode.read(scene)
+        valid = _valid(scene, (0, 0, scene.height, scene.width), raw, gaps)
+        tile = _located(scene, Tile(0, 0, "tif", b"", decode.filled(raw, gaps), valid))
         # As it came, unless overviews or waste make it much larger than its pixels.
-        if path.stat().st_size <= 1.5 * pixels.size + 65_536:
+        if path.stat().st_size <= 1.5 * raw.nbytes + 65_536:
             tile.data = path.read_bytes()
         else:
-            tile.data = _geotiff(scene, tile)
+            tile.data = _geotiff(scene, tile, raw)
         return sensor, tile
 
 
@@ -173,21 +186,21 @@ def cut(path: Path, tile_size: int, max_nodata_share: float) -> Iterator[Tile | 
         BadInput: a part of the scene cannot be read.
     """
     with _opened(path) as scene:
-        bands = decode.colour_bands(scene)
         for row in _starts(scene.height, tile_size):
             high = min(tile_size, scene.height)
-            strip = scene.read(bands, window=((row, row + high), (0, scene.width)))
-            valid = _valid(scene, (row, 0, high, scene.width))
+            strip, gaps = decode.read(scene, ((row, row + high), (0, scene.width)))
+            valid = _valid(scene, (row, 0, high, scene.width), strip, gaps)
             for col in _starts(scene.width, tile_size):
                 wide = slice(col, col + min(tile_size, scene.width))
                 part = None if valid is None else valid[:, wide]
                 if part is not None and 1 - part.mean() > max_nodata_share:
                     yield None
                     continue
-                pixels = np.ascontiguousarray(strip[:, :, wide].transpose(1, 2, 0))
+                raw = np.ascontiguousarray(strip[:, wide])
+                pixels = decode.filled(raw, None if gaps is None else gaps[:, wide])
                 full = part is None or bool(part.all())
                 tile = _located(scene, Tile(row, col, "tif", b"", pixels, None if full else part))
-                tile.data = _geotiff(scene, tile)
+                tile.data = _geotiff(scene, tile, raw)
                 yield tile
 
 
@@ -199,16 +212,27 @@ def _starts(length: int, tile_size: int) -> list[int]:
     return starts
 
 
-def _valid(scene: Any, window: tuple[int, int, int, int]) -> NDArray[np.bool_] | None:
-    """Mask of pixels with data in (row, col, height, width); None where all have."""
+def _valid(
+    scene: Any,
+    window: tuple[int, int, int, int],
+    raw: decode.Pixels,
+    gaps: NDArray[np.bool_] | None,
+) -> NDArray[np.bool_] | None:
+    """Mask of pixels with data in (row, col, height, width); None where all have.
+
+    `raw` and `gaps` are what `decode.read` gave of that window.
+    """
     from rasterio.enums import MaskFlags
 
+    if raw.dtype != np.uint8:
+        if gaps is None:
+            return None
+        valid = np.asarray(~(gaps.any(axis=2) if raw.dtype.kind == "f" else gaps.all(axis=2)))
+        return None if valid.all() else valid
     if all(MaskFlags.all_valid in flags for flags in scene.mask_flag_enums):
         return None
     row, col, height, width = window
-    valid: NDArray[np.bool_] = (
-        scene.dataset_mask(window=((row, row + height), (col, col + width))) > 0
-    )
+    valid = scene.dataset_mask(window=((row, row + height), (col, col + width))) > 0
     return None if valid.all() else valid
 
 
@@ -245,36 +269,44 @@ def _iso(text: str | None) -> str | None:
     return f"{text[:10].replace(':', '-')}T{text[11:19]}"
 
 
-def _geotiff(scene: Any, tile: Tile) -> bytes:
-    """A lossless one-tile GeoTIFF; where data is missing without a nodata value, with alpha."""
+def _geotiff(scene: Any, tile: Tile, raw: decode.Pixels) -> bytes:
+    """A lossless one-tile GeoTIFF of the scene's own values.
+
+    Where data is missing without a nodata value to say so, with alpha; of more than 8 bits, which
+    GDAL does not read as one, with a mask.
+    """
+    import rasterio
     from rasterio.enums import ColorInterp
     from rasterio.io import MemoryFile
     from rasterio.windows import Window
 
-    height, width, bands = tile.pixels.shape
-    alpha = tile.valid is not None and scene.nodata is None
+    height, width, bands = raw.shape
+    unsaid = tile.valid is not None and scene.nodata is None
+    alpha = unsaid and raw.dtype == np.uint8
     profile: dict[str, Any] = {
         "driver": "GTiff",
         "width": width,
         "height": height,
         "count": bands + alpha,
-        "dtype": "uint8",
+        "dtype": str(raw.dtype),
         "compress": "deflate",
-        "predictor": 2,
+        "predictor": 3 if raw.dtype.kind == "f" else 2,
         "zlevel": 6,
         "interleave": "pixel",
-        "photometric": "rgb" if bands == 3 else "minisblack",
+        "photometric": "rgb" if bands == 3 and raw.dtype == np.uint8 else "minisblack",
         "nodata": scene.nodata,
     }
     if tile.crs is not None:
         window = Window(tile.col, tile.row, width, height)
         profile |= {"crs": scene.crs, "transform": scene.window_transform(window)}
-    with MemoryFile() as memory:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), MemoryFile() as memory:
         with memory.open(**profile) as target:
-            target.write(tile.pixels.transpose(2, 0, 1), list(range(1, bands + 1)))
+            target.write(raw.transpose(2, 0, 1), list(range(1, bands + 1)))
             if alpha and tile.valid is not None:
                 target.colorinterp = (*target.colorinterp[:bands], ColorInterp.alpha)
                 target.write(tile.valid.astype(np.uint8) * 255, bands + 1)
+            elif unsaid and tile.valid is not None:
+                target.write_mask(tile.valid.astype(np.uint8) * 255)
         data: bytes = memory.read()
     return data
 

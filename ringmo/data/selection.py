@@ -26,22 +26,20 @@ KEPT = "kept-selection.parquet"
 def select(config: Config, workspace: Workspace, out: Path) -> Report:
     """Write out/pretrain.parquet (train and val, no labels) and out/scene.parquet (labelled).
 
-    Test tiles are never in the first, blank ones never among what trains.
+    The first holds tiles of all sensors in pretrain.mix, the second those of select.sensor. Test
+    tiles are never in the first, blank ones never among what trains.
 
     Raises:
-        BadInput: the manifest is missing or damaged, or no tile of the sensor can train.
+        BadInput: the manifest is missing or damaged, or no tile of a sensor can train.
     """
-    tiles = store.TileStore(workspace.store).manifest()
-    tiles = tiles[tiles["sensor"] == config.select.sensor].sort_values("key")
+    manifest = store.TileStore(workspace.store).manifest()
+    mix = list(config.pretrain.mix)
+    # The tasks' sensor is always among them.
+    tiles = manifest[manifest["sensor"].isin(mix)].sort_values("key")
     blank = (tiles["std"] < config.validate_.min_std) & (tiles["split"] != "test")
     tiles = tiles[~blank]
 
     seen = tiles[tiles["split"].isin(["train", "val"])][list(PRETRAIN_COLUMNS)]
-    if not (seen["split"] == "train").any():
-        raise BadInput(
-            f"no tile of sensor `{config.select.sensor}` to train on: "
-            f"see select.sensor in params.yaml and what `ringmo ingest` found"
-        )
     kept = workspace.state / KEPT
     if config.pretrain.refresh == "keep" and kept.exists():
         remedy = "remove it, or set pretrain.refresh to full"
@@ -49,11 +47,14 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
         # A tile that has left the store cannot be read; its absence is no new imagery.
         seen = before.merge(tiles[["key", "content_hash"]], on=["key", "content_hash"])
         seen = seen.sort_values("key")
+    sensors = _a_sensor(seen, tiles, mix)
     store.write_table(out / "pretrain.parquet", seen, PRETRAIN_COLUMNS)
     store.write_table(kept, seen, PRETRAIN_COLUMNS)
 
     usable = tiles["split"].isin(["train", "val", "test"]) & tiles["label"].notna()
-    labelled = _fewer_labels(tiles[usable][list(TASK_COLUMNS)], config)
+    usable &= tiles["sensor"] == config.select.sensor
+    labelled = tiles[usable][list(TASK_COLUMNS)]
+    labelled = fewer_labels(labelled, config.select.labels_per_class, config.split.seed)
     for task in config.tasks:
         store.write_table(out / f"{task}.parquet", labelled, TASK_COLUMNS)
 
@@ -67,21 +68,36 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
         "blank": int(blank.sum()),
         "generated": bool(tiles["generated"].any()),
     }
+    report.tables["sensors"] = [{"sensor": name, "tiles": n} for name, n in sensors.items()]
+    each = ", ".join(f"{n} {name}" for name, n in sensors.items())
     console.note(
-        "select: {tiles} tiles to pre-train on; {labelled} labelled in {classes} classes: "
+        f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}; "
+        "{labelled} labelled in {classes} classes: "
         "{train} train, {val} val, {test} test".format(**report.figures)
     )
     return report
 
 
-def _fewer_labels(labelled: "pandas.DataFrame", config: Config) -> "pandas.DataFrame":
-    """At most select.labels_per_class training samples a class: the first by a seeded hash, so
-    that fewer are always among more."""
-    limit = config.select.labels_per_class
+def _a_sensor(
+    seen: "pandas.DataFrame", tiles: "pandas.DataFrame", mix: list[str]
+) -> dict[str, int]:
+    """How many of the selected tiles each sensor has; each must have one that trains."""
+    sensor = seen["key"].map(tiles.set_index("key")["sensor"])
+    for name in mix:
+        if not ((sensor == name) & (seen["split"] == "train")).any():
+            raise BadInput(
+                f"no tile of sensor `{name}` to train on: see select.sensor, pretrain.mix and "
+                f"pretrain.refresh in params.yaml, and what `ringmo ingest` found"
+            )
+    return {name: int((sensor == name).sum()) for name in mix}
+
+
+def fewer_labels(labelled: "pandas.DataFrame", limit: int | None, seed: int) -> "pandas.DataFrame":
+    """At most `limit` training samples a class (None: all): the first by a seeded hash, so that
+    fewer are always among more."""
     if limit is None:
         return labelled
     train = labelled[labelled["split"] == "train"]
-    seed = config.split.seed
     order = train["key"].map(lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
     rank = order.groupby(train["label"]).rank(method="first")
     return labelled.drop(index=train.index[rank > limit])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.config import Config, Validate
+from ringmo.config import Config
 from ringmo.data import store
 from ringmo.errors import AnswerIsNo, BadInput
 from ringmo.stage import Report, write_json
@@ -116,7 +116,7 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
         raise BadInput(f"{workspace.store / store.MANIFEST} has no tile: run `ringmo ingest`")
     tables = {
         False: _tile_facts(manifest, workspace.store),
-        True: _class_facts(manifest, workspace.store, config.validate_),
+        True: _class_facts(manifest, workspace.store, config),
     }
     verdicts: list[dict[str, Any]] = []
     every = rules(config)
@@ -174,13 +174,20 @@ def _tile_facts(manifest: "pandas.DataFrame", root: Path) -> "pandas.DataFrame":
     return facts
 
 
-def _class_facts(manifest: "pandas.DataFrame", root: Path, rule: Validate) -> "pandas.DataFrame":
-    """A row for each class, also for those that an earlier version had and this one has not."""
+def _class_facts(manifest: "pandas.DataFrame", root: Path, config: Config) -> "pandas.DataFrame":
+    """A row for each class, also for those that an earlier version had and this one has not.
+
+    Samples are the tiles that the tasks see, those of select.sensor: a place that three sensors
+    have seen is one sample of its class.
+    """
     import pandas as pd
 
+    rule = config.validate_
     labelled = manifest[manifest["label"].notna()]
     before = _classes_before(root, rule.min_per_class) - set(rule.retired_classes)
-    names = sorted(set(labelled["label"]) | before)
+    lost = before - set(labelled["label"])
+    labelled = labelled[labelled["sensor"] == config.select.sensor]
+    names = sorted(set(labelled["label"]) | lost)
     split = labelled.groupby(["label", "split"]).size()
     rows = []
     for name in names:

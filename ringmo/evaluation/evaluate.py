@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo import console
-from ringmo.config import Config
-from ringmo.data.decode import Pixels
+from ringmo.config import Config, Sensor
+from ringmo.data import measures
 from ringmo.data.loading import SelectedTiles, square
 from ringmo.errors import BadInput
 from ringmo.evaluation import histogram, metrics, pictures
 from ringmo.registry import bundle
 from ringmo.registry.bundle import Bundle
 from ringmo.stage import Report, write_json
-from ringmo.training.engine import hardware
+from ringmo.training.machine import choose_device
 from ringmo.workspace import Workspace
 
 CHUNK = 256  # tiles decoded at a time: a test split need not fit in memory
@@ -40,7 +40,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     train = SelectedTiles(workspace, selection, "train")
     if not len(test):
         raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
-    device = str(hardware().device)
+    device, sensor = str(choose_device(config.hardware)), config.sensors[config.select.sensor]
     model = bundle.load(workspace.work(f"finetune@{task}") / "model", device)
     scratch = bundle.load(workspace.work(f"scratch@{task}") / "model", device)
 
@@ -88,7 +88,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     figures["majority_accuracy"] = round(float((truth == kinds[counts.argmax()]).mean()), 4)
     if config.evaluate.histogram_baseline:
         guesses = histogram.fit_predict(
-            _histograms(train), _numbers(train_labels, names), _histograms(test)
+            histograms(train, sensor), _numbers(train_labels, names), histograms(test, sensor)
         )
         figures["histogram_accuracy"] = round(float((np.array(names)[guesses] == truth).mean()), 4)
 
@@ -108,7 +108,16 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     predictions.to_parquet(out / "predictions.parquet", index=False)
     write_json(out / "per_class.json", rows)
     pictures.confusion(out / "confusion.png", matrix, names)
-    _worst(out / "worst.png", test, truth, predicted, confidence, config.evaluate.worst)
+    worst = _worst(truth, predicted, confidence, config.evaluate.worst)
+    pictures.contact_sheet(
+        out / "worst.png",
+        [pictures.visible(test.image(int(row)), sensor) for row in worst],
+        [
+            (f"is {truth[row]}", f"said {predicted[row]}", f"{confidence[row]:.0%} sure")
+            for row in worst
+        ],
+        f"{len(worst)} mistakes, the surest first" if len(worst) else "no mistakes",
+    )
     if figures["difference_to_scratch_low"] <= 0 <= figures["difference_to_scratch_high"]:
         note = "the difference to from-scratch training is within chance"
     else:
@@ -167,29 +176,21 @@ def _numbers(labels: NDArray[Any], names: list[str]) -> NDArray[np.int64]:
     return np.searchsorted(np.array(names), labels).astype(np.int64)
 
 
-def _histograms(tiles: SelectedTiles) -> NDArray[np.float32]:
+def histograms(tiles: SelectedTiles, sensor: Sensor) -> NDArray[np.float32]:
+    """The yardstick's description (N, D) of every tile; pixels of more than 8 bits are scaled."""
+
     def describe(row: int) -> NDArray[np.float32]:
-        small = square(tiles.image(row), histogram.SIDE)
-        return histogram.describe(small.permute(1, 2, 0).numpy())
+        image = tiles.image(row)
+        if sensor.dtype != "uint8":
+            image = measures.eight_bit(image, sensor)
+        return histogram.describe(square(image, histogram.SIDE).permute(1, 2, 0).numpy())
 
     return np.stack([describe(row) for row in range(len(tiles))])
 
 
 def _worst(
-    path: Path,
-    tiles: SelectedTiles,
-    truth: NDArray[Any],
-    predicted: NDArray[Any],
-    confidence: NDArray[np.float32],
-    count: int,
-) -> None:
+    truth: NDArray[Any], predicted: NDArray[Any], confidence: NDArray[np.float32], count: int
+) -> NDArray[np.int64]:
     """The mistakes of which the model was surest."""
     wrong = np.flatnonzero(predicted != truth)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
-    images: list[Pixels] = [tiles.image(int(row)) for row in wrong]
-    captions = [
-        (f"is {truth[row]}", f"said {predicted[row]}", f"{confidence[row]:.0%} sure")
-        for row in wrong
-    ]
-    title = f"{len(wrong)} mistakes, the surest first" if len(wrong) else "no mistakes"
-    pictures.contact_sheet(path, images, captions, title)
+    return wrong[np.argsort(-confidence[wrong], kind="stable")][:count]

@@ -1,6 +1,6 @@
-"""Pictures people look at: reconstructions, a confusion matrix, the worst mistakes."""
+"""Pictures people look at: reconstructions, a confusion matrix, mistakes, a comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,36 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ringmo.config import Sensor
+from ringmo.data.decode import Pixels
+from ringmo.evaluation.metrics import Interval
+
 TILE = 128  # pixels a tile is shown at
 GAP = 8
 INK, PAPER, MASKED = (20, 20, 20), (255, 255, 255), 128
 
 
-def _shown(image: NDArray[np.uint8]) -> Image.Image:
-    """A tile (H, W, C) at the size tiles are shown; one band as grey, the first three of more."""
-    pixels = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
+def visible(
+    image: Pixels | NDArray[np.float32], sensor: Sensor, like: Pixels | None = None
+) -> NDArray[np.uint8]:
+    """What is shown of a tile (H, W, bands): (H, W, 3), or one band as grey (H, W, 1).
+
+    8-bit pixels are shown as they are; others are stretched, each band from the 2nd to the 98th
+    percentile of `like`, by default of the tile itself.
+    """
+    chosen = image[:, :, sensor.shown]
+    if sensor.dtype == "uint8":
+        return np.clip(np.rint(chosen), 0, 255).astype(np.uint8)
+    reference = chosen if like is None else like[:, :, sensor.shown]
+    low, high = np.percentile(reference, (2, 98), axis=(0, 1))
+    stretched: NDArray[np.float64] = 255 * (chosen - low) / np.maximum(high - low, 1e-6)
+    return np.rint(np.clip(stretched, 0, 255)).astype(np.uint8)
+
+
+def _shown(pixels: NDArray[np.uint8]) -> Image.Image:
+    """A tile (H, W, 3) or (H, W, 1) at the size tiles are shown."""
+    if pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
     larger = min(pixels.shape[:2]) >= TILE
     how = Image.Resampling.LANCZOS if larger else Image.Resampling.NEAREST
     return Image.fromarray(np.ascontiguousarray(pixels)).resize((TILE, TILE), how)
@@ -30,7 +52,7 @@ def reconstructions(
     """Original, masked and reconstructed side by side, two tiles a row.
 
     Args:
-        originals, reconstructed: (N, C, H, W). masks: (N, 1, H, W), True = masked.
+        originals, reconstructed: (N, H, W, 3), or 1 for grey. masks: (N, H, W, 1), True = masked.
     """
     titles = ("original", "masked", "reconstructed")
     font = ImageFont.load_default(14)
@@ -46,14 +68,14 @@ def reconstructions(
         masked = np.where(masks[n], np.uint8(MASKED), originals[n])
         for j, image in enumerate((originals[n], masked, reconstructed[n])):
             left = GAP + n % across * block + j * (TILE + GAP)
-            sheet.paste(_shown(image.transpose(1, 2, 0)), (left, 28 + n // across * (TILE + GAP)))
+            sheet.paste(_shown(image), (left, 28 + n // across * (TILE + GAP)))
     _save(sheet, path)
 
 
 def contact_sheet(
     path: Path, images: Sequence[NDArray[np.uint8]], captions: Sequence[Sequence[str]], title: str
 ) -> None:
-    """Tiles (H, W, C) with the lines of their captions under them, six a row."""
+    """Tiles (H, W, 3), or 1 for grey, with the lines of their captions under them, six a row."""
     font, across, line = ImageFont.load_default(12), 6, 15
     lines = max((len(caption) for caption in captions), default=0)
     cell = (TILE + GAP + 24, TILE + GAP + lines * line + 4)
@@ -92,6 +114,60 @@ def confusion(path: Path, matrix: NDArray[np.int64], classes: Sequence[str]) -> 
         ink = "white" if share[row, column] > 0.55 else "black"
         number = str(matrix[row, column])
         axes.text(column, row, number, ha="center", va="center", fontsize=7, color=ink)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; grey is the yardstick's.
+LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+YARDSTICK = "#666666"
+
+
+def accuracy_by_labels(
+    path: Path,
+    labels: Sequence[int],
+    lines: Mapping[str, Sequence[Interval]],
+    yardstick: str,
+    title: str,
+) -> None:
+    """Accuracy over labels per class: a line a method with error bars, the yardstick's dashed.
+
+    Args:
+        lines: name → one interval for each of `labels`; shares from 0 to 1.
+        yardstick: the one of the names that is drawn dashed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    colours = iter(LINES)
+    for n, (name, intervals) in enumerate(lines.items()):
+        values = 100 * np.array([[i.value, i.low, i.high] for i in intervals])
+        dashed = name == yardstick
+        axes.errorbar(
+            # Side by side, so that bars of close methods do not hide each other.
+            np.array(labels) * 1.025 ** (n - (len(lines) - 1) / 2),
+            values[:, 0],
+            # A bootstrap's interval need not hold the mean when few tiles were drawn.
+            np.maximum(0, [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]),
+            label=name,
+            color=YARDSTICK if dashed else next(colours, "black"),
+            linestyle="--" if dashed else "-",
+            marker="s" if dashed else "o",
+            markersize=5,
+            capsize=3,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(labels, [str(count) for count in labels])
+    axes.minorticks_off()
+    axes.set_xlim(min(labels) * 0.8, max(labels) * 1.25)
+    axes.set_xlabel("labels per class (logarithmic)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 

@@ -46,12 +46,13 @@ def predict(
     classes: list[str] | None = bundle.meta["classes"]
     if not classes:
         raise BadInput(f"{ref} is an encoder and has no classes: name a task's model")
+    sensor = bundle.meta["sensors"][bundle.meta["sensor"]]
 
     answers: list[dict[str, Any]] = []
     with console.progress("predict", len(paths)) as bar:
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
-            read = [_read(path, len(bundle.meta["bands"])) for path in chunk]
+            read = [_read(path, sensor) for path in chunk]
             probabilities = iter(bundle.predict([p for p in read if not isinstance(p, str)]))
             for path, pixels in zip(chunk, read, strict=True):
                 if isinstance(pixels, str):
@@ -132,9 +133,10 @@ def _open(workspace: Workspace, ref: str) -> Any:
     return open_bundle(tracker, lineage.resolve(workspace, ref, tracker))
 
 
-def _read(path: Path, bands: int) -> Any:
-    """Pixels (H, W, bands), or the reason why there are none."""
+def _read(path: Path, sensor: dict[str, Any]) -> Any:
+    """Pixels (H, W, bands) as the sensor's, or the reason why there are none."""
     from ringmo.data.decode import decode
+    from ringmo.registry.bundle import unfit
 
     try:
         pixels = decode(path.read_bytes())
@@ -142,9 +144,7 @@ def _read(path: Path, bands: int) -> Any:
         return str(error)
     except OSError as error:
         return str(error.strerror)
-    if pixels.shape[2] != bands:
-        return f"{pixels.shape[2]} bands, the model reads {bands}"
-    return pixels
+    return unfit(pixels, sensor) or pixels
 
 
 def _best(probabilities: Any, classes: list[str], top: int) -> dict[str, Any]:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def share_of(ratio: float, count: int) -> int:
+    """ceil(ratio · count), as exact arithmetic has it."""
+    # 1e-9: 0.6 · 5 is a hair over 3 in binary, and ceil would make it 4.
+    return math.ceil(ratio * count - 1e-9)
+
+
 def pimask(
     batch: int,
     height: int,
@@ -49,11 +55,9 @@ def pimask(
 
     def exactly(ratio: float, *shape: int) -> Tensor:
         """True in ceil(ratio · n) random places of the last dimension, of n."""
-        # 1e-9: 0.6 · 5 is a hair over 3 in binary, and ceil would make it 4.
-        count = math.ceil(ratio * shape[-1] - 1e-9)
         draws = torch.rand(shape, generator=generator, device=device)
         chosen = torch.zeros(shape, dtype=torch.bool, device=device)
-        return chosen.scatter_(-1, draws.argsort(-1)[..., :count], True)
+        return chosen.scatter_(-1, draws.argsort(-1)[..., : share_of(ratio, shape[-1])], True)
 
     picked = exactly(mask_ratio, batch, patches)
     inside = exactly(inside_ratio, batch, patches, pixels)

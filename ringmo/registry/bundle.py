@@ -1,13 +1,14 @@
 """The bundle: a model as two files, model.safetensors and model.json, and nothing else.
 
-It holds all that answering needs: architecture, sensor and bands, normalisation, classes, and an
-example with its answer. Loading one reads tensors and JSON, and executes nothing from it.
+It holds all that answering needs: architecture, sensors with their bands and normalisation,
+classes, and an example with its answer. Loading one reads tensors and JSON, and executes nothing
+from it.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,34 +22,41 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ringmo.config import Model
+from ringmo.config import Model, Sensor
 from ringmo.data.decode import Pixels
 from ringmo.data.loading import square
 from ringmo.errors import BadInput
-from ringmo.models.backbone import encoder, transfer
+from ringmo.models.backbone import Encoder, encoder, one_of, transfer
 from ringmo.models.classifier import Classifier
 from ringmo.stage import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 WEIGHTS = "model.safetensors"
 META = "model.json"
 EXAMPLE_IMAGE, EXAMPLE_ANSWER = "example.image", "example.answer"
 TOLERANCE = 1e-4  # between machines: sums in another order differ by less than a tenth of this
 
 
+class Example(BaseModel):
+    """Which sensor the recorded image is of."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    sensor: str
+
+
 class Meta(BaseModel):
-    """What model.json must hold."""
+    """What model.json must hold. A task's model has one sensor, and names it."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
-    schema_version: Literal[1] = Field(alias="schema")
+    schema_version: Literal[2] = Field(alias="schema")
     kind: Literal["encoder", "scene"]
     architecture: Model
     image_size: int = Field(ge=1)
-    sensor: str
-    bands: list[str] = Field(min_length=1)
-    mean: list[float]
-    std: list[float]
+    sensors: dict[str, Sensor] = Field(min_length=1)
+    sensor: str | None = None
+    example: Example
     classes: list[str] | None
     generated: bool
     weights_sha256: str
@@ -68,19 +76,29 @@ class Bundle:
     example: dict[str, Tensor]
 
     def predict(self, images: Sequence[Pixels], batch_size: int = 64) -> NDArray[np.float32]:
-        """Probabilities (N, classes) for uint8 images (H, W, C) of any sizes.
+        """Probabilities (N, classes) for images (H, W, C) of any sizes and their sensor's type.
 
         Raises:
-            BadInput: an encoder's bundle, or an image that has other bands.
+            BadInput: an encoder's bundle, or an image that has other bands or another type.
         """
         if self.meta["classes"] is None:
             raise BadInput(f"{self.folder} is an encoder and has no classes: fine-tune it first")
         return self._answer(images, batch_size)
 
-    def embed(self, images: Sequence[Pixels], batch_size: int = 64) -> NDArray[np.float32]:
-        """Features (N, C) of uint8 images (H, W, C): the encoder's mean over all positions."""
+    def embed(
+        self, images: Sequence[Pixels], batch_size: int = 64, sensor: str | None = None
+    ) -> NDArray[np.float32]:
+        """Features (N, C) of images (H, W, C): the encoder's mean over all positions.
+
+        Args:
+            sensor: what the images are of; may be left out where the encoder reads one.
+
+        Raises:
+            BadInput: no such sensor, or an image that is not of it.
+        """
         trunk = self.model.encoder if isinstance(self.model, Classifier) else self.model
-        return self._answer(images, batch_size, trunk)
+        assert isinstance(trunk, Encoder)
+        return self._answer(images, batch_size, trunk, sensor)
 
     def check_example(self) -> None:
         """Whether the model, here and now, gives the answer that it gave when it was made.
@@ -89,7 +107,8 @@ class Bundle:
             BadInput: it does not, within 1e-4.
         """
         image = self.example[EXAMPLE_IMAGE].permute(1, 2, 0).numpy()
-        answer = torch.from_numpy(self._answer([image], 1)[0])
+        sensor = self.meta["example"]["sensor"]
+        answer = torch.from_numpy(self._answer([image], 1, sensor=sensor)[0])
         difference = float((answer - self.example[EXAMPLE_ANSWER]).abs().max())
         if not difference <= TOLERANCE:
             raise BadInput(
@@ -98,33 +117,60 @@ class Bundle:
             )
 
     def _answer(
-        self, images: Sequence[Pixels], batch_size: int, model: nn.Module | None = None
+        self,
+        images: Sequence[Pixels],
+        batch_size: int,
+        model: Encoder | None = None,
+        sensor: str | None = None,
     ) -> NDArray[np.float32]:
-        answers = []
+        sensor, answers = one_of(self.meta["sensors"], sensor), []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
             for image in chunk:
-                if image.ndim != 3 or image.shape[2] != len(self.meta["bands"]):
-                    raise BadInput(
-                        f"an image of shape {image.shape}: this model reads "
-                        f"(height, width, {len(self.meta['bands'])})"
-                    )
+                if reason := unfit(image, self.meta["sensors"][sensor]):
+                    raise BadInput(f"an image of shape {image.shape}: {reason}")
             small = torch.stack([square(image, self.meta["image_size"]) for image in chunk])
-            answers.append(answer(model or self.model, small.to(self.device), self.meta))
+            answers.append(answer(model or self.model, small.to(self.device), self.meta, sensor))
         if not answers:
-            return np.zeros((0, len(self.meta["classes"] or [])), np.float32)
+            wide = len(self.meta["classes"] or []) if model is None else model.num_features
+            return np.zeros((0, wide), np.float32)
         return torch.cat(answers).cpu().numpy()
 
 
+def unfit(image: Pixels, sensor: Mapping[str, Any]) -> str | None:
+    """Why a model cannot read an image as one of this sensor; None where it can."""
+    bands, dtype = len(sensor["bands"]), sensor["dtype"]
+    if image.ndim != 3:
+        return f"{image.ndim} dimensions, the model reads (height, width, {bands})"
+    if image.shape[2] != bands:
+        return f"{image.shape[2]} bands, the model reads {bands}"
+    found = "float32" if image.dtype == np.float64 else image.dtype.name  # as with files
+    if found != dtype:
+        return f"pixels of {image.dtype}, the model reads {dtype}"
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        return "pixels that are NaN or infinite: fill them first, with their band's mean"
+    return None
+
+
 @torch.inference_mode()
-def answer(model: nn.Module, images: Tensor, meta: dict[str, Any]) -> Tensor:
-    """Of uint8 images (B, C, size, size): a classifier's probabilities or an encoder's features."""
-    output: Tensor = model(normalise(images, meta["mean"], meta["std"]))
+def answer(
+    model: nn.Module, images: Tensor, meta: Mapping[str, Any], sensor: str | None = None
+) -> Tensor:
+    """A classifier's probabilities (B, classes), or an encoder's features (B, C).
+
+    Args:
+        images: (B, bands, size, size), not normalised.
+        meta: only `sensors` is read. sensor: may be left out where there is one.
+    """
+    sensor = one_of(meta["sensors"], sensor)
+    measures = meta["sensors"][sensor]
+    normal = normalise(images, measures["mean"], measures["std"])
+    output: Tensor = model(normal) if isinstance(model, Classifier) else model(normal, sensor)
     return output.float().softmax(-1) if output.ndim == 2 else output.float().mean(dim=(1, 2))
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, C, H, W) to float32 of mean 0 and deviation 1 a band."""
+    """Pixels (B, C, H, W) of any type to float32 of mean 0 and deviation 1 a band."""
     shape = (1, len(mean), 1, 1)
     return (images.float() - images.new_tensor(mean, dtype=torch.float32).view(shape)) / (
         images.new_tensor(std, dtype=torch.float32).view(shape)
@@ -139,18 +185,19 @@ def write(
     Args:
         model: an Encoder or a Classifier; it is left in evaluation mode.
         meta: `Meta` without schema, example and weights_sha256, which are added here.
-        example: an image (H, W, C) whose answer is recorded; without one, noise.
+        example: an image (H, W, C) of the first sensor, whose answer is recorded; without one,
+            noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
+    sensor = next(iter(meta["sensors"]))
     if example is None:
-        shape = (meta["image_size"], meta["image_size"], len(meta["bands"]))
-        example = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        example = _noise(meta["sensors"][sensor], meta["image_size"])
     small = square(example, meta["image_size"])
     model.eval()
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     tensors[EXAMPLE_IMAGE] = small
-    tensors[EXAMPLE_ANSWER] = answer(model, small[None].to(device), meta)[0].cpu()
+    tensors[EXAMPLE_ANSWER] = answer(model, small[None].to(device), meta, sensor)[0].cpu()
     data = to_bytes(tensors)
     temporary = folder / f".{WEIGHTS}.tmp"
     with temporary.open("wb") as file:
@@ -161,11 +208,26 @@ def write(
     whole = {
         "schema": SCHEMA,
         **meta,
-        "example": {"image": EXAMPLE_IMAGE, "answer": EXAMPLE_ANSWER, "tolerance": TOLERANCE},
+        "example": {
+            "image": EXAMPLE_IMAGE,
+            "answer": EXAMPLE_ANSWER,
+            "tolerance": TOLERANCE,
+            "sensor": sensor,
+        },
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
     Meta.model_validate(whole)
     write_json(folder / META, whole)
+
+
+def _noise(sensor: Mapping[str, Any], size: int) -> Pixels:
+    """An image (size, size, C) about as bright as the sensor's."""
+    random = np.random.default_rng(0)
+    noise = random.normal(sensor["mean"], sensor["std"], (size, size, len(sensor["bands"])))
+    dtype = np.dtype(sensor["dtype"])
+    if dtype.kind in "iu":
+        noise = noise.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return noise.astype(dtype)
 
 
 def load_meta(folder: Path) -> dict[str, Any]:
@@ -200,11 +262,13 @@ def load(folder: Path, device: str = "cpu") -> Bundle:
     if len(example) < 2:
         raise BadInput(f"{folder / WEIGHTS} lacks the example: no whole bundle")
     architecture = Model.model_validate(meta["architecture"])
-    trunk = encoder(architecture, len(meta["bands"]))
-    model: nn.Module = trunk
-    if meta["kind"] == "scene":
-        model = Classifier(trunk, len(meta["classes"]))
-    transfer(tensors, model, str(folder / WEIGHTS))
+    bands = {name: len(sensor["bands"]) for name, sensor in meta["sensors"].items()}
+    scene = meta["kind"] == "scene"
+    trunk = encoder(architecture, bands, finetuning=scene)
+    model: nn.Module = Classifier(trunk, len(meta["classes"])) if scene else trunk
+    came = transfer(tensors, model, str(folder / WEIGHTS))
+    if other := [*came.resized, *came.left_out]:
+        raise BadInput(f"{folder / WEIGHTS}: weight {other[0]} is not of the model in {META}")
     whole = hashlib.sha256(data + text).hexdigest()
     return Bundle(folder, meta, model.to(device).eval(), whole, device, example)
 
@@ -229,8 +293,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise BadInput(f"{path}: {key}: {first['msg']}") from None
-    if (checked.kind == "scene") != bool(checked.classes) or not (
-        len(checked.bands) == len(checked.mean) == len(checked.std)
+    one = len(checked.sensors) == 1 and checked.sensor in checked.sensors
+    if (
+        (checked.kind == "scene") != bool(checked.classes)
+        or (checked.kind == "scene" and not one)
+        or checked.example.sensor not in checked.sensors
     ):
-        raise BadInput(f"{path}: classes, bands, mean and std do not fit each other or the kind")
+        raise BadInput(f"{path}: classes, sensors and sensor do not fit each other or the kind")
     return meta, text

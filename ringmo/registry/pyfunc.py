@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ringmo.errors import BadInput
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
@@ -28,16 +27,20 @@ class Model:
         """One row an image: label, confidence, and a probability for each class.
 
         Args:
-            model_input: uint8 (N, H, W, bands) or one (H, W, bands); a list of such images, of
-                file paths or of encoded files; or a table whose column `image` holds either.
+            model_input: (N, H, W, bands) as the model's sensor stores pixels, or one (H, W, bands);
+                a list of such images, of file paths or of encoded files; or a table whose column
+                `image` holds either.
 
         Raises:
             BadInput: an encoder's bundle, or something that is no image this model reads.
         """
         import pandas as pd
 
-        images = [_pixels(item, where) for where, item in _items(model_input)]
-        classes = self.bundle.meta["classes"]
+        meta = self.bundle.meta
+        classes, sensor = meta["classes"], meta["sensors"].get(meta.get("sensor"))
+        if not classes:
+            raise BadInput(f"{self.bundle.folder} is an encoder and has no classes")
+        images = [_pixels(item, where, sensor) for where, item in _items(model_input)]
         probabilities = self.bundle.predict(images)
         best = probabilities.argmax(axis=1)
         answers = pd.DataFrame(probabilities, columns=classes)
@@ -71,10 +74,11 @@ def _items(model_input: Any) -> list[tuple[str, Any]]:
     return [(f"image {i}", item) for i, item in enumerate(model_input)]
 
 
-def _pixels(item: Any, where: str) -> "NDArray[np.uint8]":
+def _pixels(item: Any, where: str, sensor: dict[str, Any]) -> "NDArray[Any]":
     import numpy as np
 
     from ringmo.data.decode import decode
+    from ringmo.registry.bundle import unfit
 
     if isinstance(item, str | Path):
         try:
@@ -83,12 +87,10 @@ def _pixels(item: Any, where: str) -> "NDArray[np.uint8]":
             raise BadInput(f"{item}: {error.strerror}") from None
     if isinstance(item, bytes | bytearray | memoryview):
         try:
-            return decode(bytes(item))
+            item = decode(bytes(item))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
     pixels = np.asarray(item)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3:
-        raise BadInput(
-            f"{where}: expected uint8 (H, W, bands), found {pixels.dtype} {pixels.shape}"
-        )
+    if reason := unfit(pixels, sensor):
+        raise BadInput(f"{where}: {reason}")
     return pixels

@@ -665,7 +665,10 @@ def points(path: Path) -> Iterator[tuple[str, float, float, int]]:
 
 
 # What of a stage's output people look at in MLflow, at the top of its output folder.
-_SHOWN = ("*.png", "*.html", "report.json", "per_class.json", "verdict.json", "predictions.parquet")
+_SHOWN = (
+    *("*.png", "*.html", "report.json", "per_class.json", "verdict.json", "predictions.parquet"),
+    *("comparison.txt", "results.parquet"),
+)
 
 
 def _keep_for_sending(out: Path, final: Path) -> None:

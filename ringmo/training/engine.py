@@ -1,8 +1,12 @@
-"""What both trainings share: the device, the rate, the optimiser, figures and checkpoints.
+"""What both trainings share: the rate, the optimiser, the steps, figures and checkpoints.
 
-Nothing random outlives a step: orders come from (seed, epoch), crops, masks and drop path from
-(seed, step). So a resumed training needs no generator's state, and ends, on the same machine
-with the same number of threads, in the very weights of one that was never stopped.
+Nothing random outlives a step: orders come from (seed, pass), crops, masks and drop path from
+(seed, step), all for the global batch, of which each rank takes its part. So a resumed training
+needs no generator's state, and ends, on the same machine with the same number of threads, in the
+very weights of one that was never stopped; and two ranks learn what one would.
+
+Within a step the host never waits for the device: losses and norms stay there, and are read once
+in a while.
 """
 
 import contextlib
@@ -12,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,42 +24,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ringmo import console
-from ringmo.config import Finetune, Pretrain
-from ringmo.data.loading import Batch, SelectedTiles, shuffled
+from ringmo.config import Finetune, Pretrain, Sensor
+from ringmo.data.loading import SelectedTiles, shuffled
 from ringmo.errors import BadInput
-from ringmo.models.backbone import Encoder, fuse_attention
+from ringmo.models.backbone import Encoder
 from ringmo.stage import announce, write_json
-from ringmo.training import checkpoint
-from ringmo.training.augmentation import augment
+from ringmo.training import checkpoint, trial, whole_batch
+from ringmo.training.augmentation import crops, cut
+from ringmo.training.machine import Machine
 from ringmo.workspace import Workspace
 
 # Tiles are kept this much larger than the model's image, so that a random crop is rarely enlarged.
 CROP_MARGIN = 1.5
+# Random numbers of images are drawn in runs of this many of the global batch, or of the validation
+# tiles: a rank draws the runs it needs, and any number of ranks draws the same.
+RUN = 64
+# Points of the curves are this many steps apart at most; each costs one wait for the device.
+LOG_STEPS = 100
+# A loss that is this often its running mean, and larger than the first, has exploded.
+EXPLODED = 10.0
+MEMORY_OF_MEAN = 0.98
+# So many skipped steps in a row are no accident: back to the last good checkpoint, once.
+ROW = 8
+LOWER = 0.5  # times the rate, from there on
+# More tiles than this share smaller than half the image would mean training on enlargements.
+SMALL_SHARE = 0.1
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """The device, and whether matrix products run in bfloat16 there."""
-
-    device: torch.device
-    bfloat16: bool
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-
-    def place(self, model: nn.Module) -> nn.Module:
-        fuse_attention(model, fused=self.device.type == "cuda")
-        return model.to(self.device)
-
-
-def hardware() -> Hardware:
-    """The GPU where there is one; bfloat16 only where the device computes in it."""
-    if torch.cuda.is_available():
-        return Hardware(torch.device("cuda"), torch.cuda.is_bf16_supported(False))
-    return Hardware(torch.device("cpu"), False)
+CROPS, MIX, PATHS, MASKS = range(4)  # what a step's random numbers are for
 
 
 def file_hash(path: Path) -> str:
@@ -89,27 +88,41 @@ def learning_rate(
 def parameter_groups(
     model: nn.Module, encoder: Encoder, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: no decay on vectors and position tables; a slower rate for lower layers.
+    """AdamW's groups: no decay on vectors, tokens and position tables; lower levels learn slower.
 
-    Layer 0 is the stem, then each block, then all that stands above the encoder's blocks.
+    A level of the encoder learns `layer_decay` times as fast as the one above it, and the last
+    one so much slower than what stands on the encoder.
     """
-    depths = [len(stage.blocks) for stage in encoder.layers]
-    layer_of: dict[int, int] = {id(p): 0 for p in encoder.patch_embed.parameters()}
-    layer = 1
-    for stage in encoder.layers:
-        layer_of |= {id(p): layer for p in stage.downsample.parameters()}
-        for block in stage.blocks:
-            layer_of |= {id(p): layer for p in block.parameters()}
-            layer += 1
+    levels = encoder.levels()
+    level_of = {id(p): at for at, members in enumerate(levels) for p in members}
     groups: dict[tuple[float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or "relative_position_bias_table" in name
-        key = (0.0 if plain else weight_decay, layer_of.get(id(parameter), sum(depths) + 1))
+        plain = parameter.ndim < 2 or name.endswith(("relative_position_bias_table", "token"))
+        key = (0.0 if plain else weight_decay, level_of.get(id(parameter), len(levels)))
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": members, "weight_decay": decay, "scale": layer_decay ** (sum(depths) + 1 - at)}
+        {"params": members, "weight_decay": decay, "scale": layer_decay ** (len(levels) - at)}
         for (decay, at), members in groups.items()
     ]
+
+
+class Normal:
+    """A sensor's mean and deviation on a device: pixels to and from normalised space."""
+
+    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    @classmethod
+    def of(cls, sensor: Sensor, device: torch.device) -> "Normal":
+        return cls(sensor.mean, sensor.std, device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, bands, H, W) in the sensor's units → float32 of mean 0 and deviation 1 a band."""
+        return (pixels.float() - self.mean) / self.std
+
+    def back(self, images: Tensor) -> Tensor:
+        return images * self.std + self.mean
 
 
 class Figures:
@@ -137,12 +150,29 @@ class Figures:
         temporary.replace(self.path)
 
 
+@dataclass
+class MicroBatch:
+    """A rank's images of one micro-batch of a step, on the device, as they are stored.
+
+    images: (n, bands, S, S). rows: positions of their tiles. part: where they lie in the global
+    batch. first, last: whether a step begins with it, whether its update follows.
+    """
+
+    sensor: str
+    images: Tensor
+    rows: NDArray[np.int64]
+    part: slice
+    first: bool
+    last: bool
+    waited_s: float
+
+
 class Trainer:
     """One training, from its first step or from its last checkpoint to its end.
 
         trainer = Trainer(...)
         for batch in trainer.batches():
-            loss = ...
+            loss = trainer.model(...)
             trainer.update(loss, batch)
             if trainer.epoch_ended: ...validate, trainer.log(...)...
             trainer.save_if_due()
@@ -150,10 +180,18 @@ class Trainer:
 
     The last checkpoint stays: until the result is on record, a kill must not cost the training.
 
-    `state` and `tensors` are what else a checkpoint must hold: plain values and tensors.
+    `model` is what computes the loss: compiled, and with the gradients of all ranks, where that
+    is so. `state` and `tensors` are what else a checkpoint must hold: plain values and tensors.
+
+    Args:
+        tiles: sensor → its tiles. shares: sensor → its share of the steps.
+        image_size: of the model, pixels.
+        try_out: the loss of so many made-up images through the model it is given.
 
     Raises:
-        BadInput: no tiles.
+        BadInput: too few or too small tiles, a batch that does not divide among the ranks or does
+            not fit the memory, ranks that would train on different things, the checkpoint of
+            another architecture.
     """
 
     def __init__(
@@ -163,39 +201,66 @@ class Trainer:
         fingerprint: str,
         params: dict[str, Any],
         settings: Pretrain | Finetune,
+        machine: Machine,
         model: nn.Module,
         encoder: Encoder,
-        tiles: SelectedTiles,
-        tile_size: int,
-        machine: Hardware,
+        tiles: Mapping[str, SelectedTiles],
+        shares: Mapping[str, float],
+        image_size: int,
+        try_out: trial.Trial,
+        compile: bool = False,
     ) -> None:
-        self.stage, self.settings, self.model, self.tiles = stage, settings, model, tiles
-        self.tile_size, self.machine = tile_size, machine
+        self.stage, self.settings, self.machine, self.tiles = stage, settings, machine, dict(tiles)
+        self.image_size, self.tile_size = image_size, round(image_size * CROP_MARGIN)
+        machine.agree("selection, encoder, parameters or revision", fingerprint[:16])
+        machine.agree("precision", "bf16" if machine.bfloat16 else "32")
+        self._share = self._batch_of_a_rank()
+        self._check_tiles()
+        self.steps_per_epoch = sum(len(t) for t in self.tiles.values()) // settings.batch_size
+        self.steps = self.steps_per_epoch * settings.epochs
+        self._plan(shares)
+
         self.run_dir = workspace.run_dir(stage, fingerprint)
         self.pictures = self.run_dir / "pictures"
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_dir / "params.json", params)
-        announce(workspace, stage, self.run_dir)
+        self.figures = Figures(self.run_dir / "figures.jsonl")
+        if machine.first:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / "params.json", params)
+            announce(workspace, stage, self.run_dir)
 
-        self.steps_per_epoch = math.ceil(len(tiles) / settings.batch_size)
-        self.steps = self.steps_per_epoch * settings.epochs
+        self._fit(model, try_out)
+        self._flops = trial.flops(machine, model, try_out, 1)
+        self._peak = machine.peak_flops() * machine.ranks
+        whole_batch.convert(model, machine.ranks)
+        faster = trial.compiled(machine, model, try_out, self._share) if compile else model
+        self.model: Any = machine.fabric.setup_module(faster)
+        self._bare = model
+        self._paths = whole_batch.drop_paths(model)
+        self._statistics = whole_batch.statistics(model)
+
         decay = settings.layer_decay if isinstance(settings, Finetune) else 1.0
         groups = parameter_groups(model, encoder, settings.weight_decay, decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        self.figures = Figures(self.run_dir / "figures.jsonl")
+        self.optimizer: Any = torch.optim.AdamW(groups, lr=0.0, fused=True)
         self.state: dict[str, Any] = {"seconds": 0.0}
         self.tensors: dict[str, Tensor] = {}
         self.step = 0
-        found = checkpoint.restore(self.run_dir / "checkpoints", model, self.optimizer)
-        if found is not None:
-            self.step, self.state, self.tensors = found.step, found.state, found.tensors
-            console.note(f"{stage}: goes on from step {self.step} of {self.steps}")
-        self.figures.cut(self.step)
+        # On the device: running mean of the loss, first loss, skipped in a row, skipped in all.
+        self._guard = torch.zeros(4, device=machine.device)
+        self._best: float | None = None
+        self._checkpoints = self.run_dir / "checkpoints"
+        if self._restore():
+            self._note(f"goes on from step {self.step} of {self.steps}")
+        else:
+            self._save()  # there is always one to return to
         # A few points an epoch tell enough, and a forwarder is not drowned.
-        self._log_every = max(1, self.steps_per_epoch // 4)
+        self._log_every = max(1, min(LOG_STEPS, self.steps_per_epoch // 4))
         self._last_loss = math.nan
         self._asked_to_stop = False
-        self._saved_at = self._counted_from = time.monotonic()
+        self._saved_at = time.monotonic()
+        self._generator = torch.Generator(machine.device)
+        self._loss = torch.zeros((), device=machine.device)  # of the step, over its micro-batches
+        self._before: list[Tensor] = []  # the statistics, to go back to
+        self._updated = False  # by the last micro-batch, and not returned from there
         self._clear()
 
     @property
@@ -205,94 +270,129 @@ class Trainer:
 
     @property
     def epoch_ended(self) -> bool:
-        return self.step % self.steps_per_epoch == 0
+        """Whether the update just done was an epoch's last."""
+        return self._updated and self.step % self.steps_per_epoch == 0
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches still to be done, each epoch in its own order; `random` belongs to each."""
-        self.model.train()
+    @property
+    def ended(self) -> bool:
+        return self._updated and self.step == self.steps
+
+    def batches(self) -> Iterator[MicroBatch]:
+        """The micro-batches still to be done, an epoch after the other."""
         left = self.steps - self.step
+        self.model.train()
         with _on_sigterm(self._ask_to_stop), console.progress(self.stage, left) as bar:
             while self.step < self.steps:
-                order = shuffled(len(self.tiles), self.settings.seed, self.epoch)
-                order = order[self.step % self.steps_per_epoch * self.settings.batch_size :]
-                for batch in self.tiles.batches(order, self.settings.batch_size, self.tile_size):
-                    batch.images = batch.images.to(self.machine.device, non_blocking=True)
-                    # Crops come from `random`, masks and drop path from torch's own generator.
-                    self.random = np.random.default_rng((self.settings.seed, self.step))
-                    torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
-                    yield batch
-                    bar.advance(1, f"loss {self._last_loss:.3f}")
+                with contextlib.closing(self._epoch()) as epoch:
+                    for batch in epoch:
+                        if batch.first:
+                            self._begin_step()
+                        self._tell_paths(batch.part)
+                        step = self.step
+                        with self.machine.no_sync(self.model, enabled=not batch.last):
+                            yield batch
+                        if batch.last:
+                            bar.to(self.step - (self.steps - left), f"loss {self._last_loss:.3f}")
+                            if self.step != step + 1:
+                                break  # returned to an earlier step
 
-    def update(self, loss: Tensor, batch: Batch) -> None:
-        """Backward, clip, step, and the figures of it.
+    def random(self, purpose: int) -> np.random.Generator:
+        """This step's random numbers for a purpose, the same on all ranks."""
+        return np.random.default_rng((self.settings.seed, self.step, purpose))
+
+    def augmented(self, batch: MicroBatch) -> Tensor:
+        """The batch, cropped, turned and mirrored at random: float32, in the tiles' units."""
+        where = crops(self.settings.batch_size, self.settings.crop_scale, self.random(CROPS))
+        return cut(batch.images, self.machine.upload(where[batch.part]), self.image_size)
+
+    def masks(self, batch: MicroBatch, draw: Callable[..., Tensor]) -> Tensor:
+        """`draw(count, generator, device)` for this part of the global batch: bool (n, 1, H, W)."""
+        part, size = batch.part, self.settings.batch_size
+        start = part.start // RUN * RUN
+        runs = []
+        for first in range(start, part.stop, RUN):
+            seed = np.random.SeedSequence((self.settings.seed, self.step, MASKS, first))
+            self._generator.manual_seed(int(seed.generate_state(1)[0]))
+            count = min(RUN, size - first)
+            runs.append(draw(count, generator=self._generator, device=self.machine.device))
+        return torch.cat(runs)[part.start - start : part.stop - start]
+
+    def update(self, loss: Tensor, batch: MicroBatch) -> None:
+        """Backward; with the step's last micro-batch clip, step, and the figures of it.
+
+        A loss or a gradient that is no number, and an exploded loss, change nothing: the step is
+        skipped and counted.
 
         Raises:
-            BadInput: the loss is not a number; names the tiles.
+            BadInput: too many in a row, a second time; names the tiles.
         """
-        # Waits for the device; the next batch is being decoded meanwhile.
-        self._last_loss = loss.item()
-        if not math.isfinite(self._last_loss):
-            keys = self.tiles.keys(batch.rows)
-            raise BadInput(
-                f"{self.stage}: the loss is {self._last_loss} at step {self.step + 1}, on tiles "
-                f"{', '.join(keys[:4])} (and {max(0, len(keys) - 4)} more): lower "
-                f"{self._section}.base_lr, or look at these tiles"
-            )
-        rate = learning_rate(self.step, self.steps, self.steps_per_epoch, self.settings)
+        machine, settings = self.machine, self.settings
+        machine.fabric.backward(loss / settings.accumulate)
+        self._loss = self._loss + loss.detach() / settings.accumulate
+        self._waited_s += batch.waited_s
+        self._updated = batch.last
+        if not batch.last:
+            return
+        rate = learning_rate(self.step, self.steps, self.steps_per_epoch, settings)
+        rate *= self.state.get("rate", 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        mean = machine.mean(self._loss)
+        norm = nn.utils.clip_grad_norm_(self._bare.parameters(), settings.clip_norm)
+        good = self._judge(mean, norm)
+        self.optimizer.found_inf = (~good).float()  # AdamW's fused kernel then changes nothing
         self.optimizer.step()
+        for buffer, before in zip(self._statistics, self._before, strict=True):
+            buffer.copy_(torch.where(good, buffer, before))
+        self._sums += torch.where(good, torch.stack((mean, norm, torch.ones_like(mean))), 0.0)
         self.step += 1
-        self._losses += self._last_loss
-        self._images += len(batch.rows)
-        self._waited_s += batch.waited_s
         self._updates += 1
         if self.step % self._log_every == 0 or self.epoch_ended:
-            elapsed = time.monotonic() - self._counted_from
-            self.log(
-                train__loss=self._losses / self._updates,
-                train__lr=rate,
-                train__grad_norm=float(norm),
-                train__images_per_s=self._images / elapsed,
-                train__data_wait_share=min(1.0, self._waited_s / elapsed),
-            )
-            self.state["seconds"] += elapsed
-            self.state["images"] = self.state.get("images", 0) + self._images
-            self._clear()
+            self._log_figures(rate)
+            self._look_at_skipped()
 
-    def save_if_due(self) -> None:
+    def save_if_due(self, best: float | None = None) -> None:
         """A checkpoint at an epoch's end, every checkpoint_every_s seconds, and when asked to stop.
 
+        Args:
+            best: a validation's loss; the checkpoint of the smallest is kept.
+
         Raises:
-            SystemExit: 143, after SIGTERM.
+            SystemExit: 143, after SIGTERM to any rank.
         """
+        if not self._updated:
+            return
         now = time.monotonic()
-        due = now - self._saved_at >= self.settings.checkpoint_every_s or self.epoch_ended
-        if due or self._asked_to_stop:
-            checkpoint.write(
-                self.run_dir / "checkpoints",
-                self.step,
-                self.model,
-                self.optimizer,
-                self.state,
-                self.tensors,
-            )
+        stop = self.machine.any_asked(self._asked_to_stop)
+        due = self.epoch_ended or now - self._saved_at >= self.settings.checkpoint_every_s
+        # Not in the middle of trouble: what came before it is what a return needs.
+        if stop or (due and self.machine.first and self._row() == 0):
+            is_best = best is not None and best <= self.state.get("best_loss", math.inf)
+            if is_best:
+                self.state["best_loss"] = best
+            self._save(is_best)
             self._saved_at = time.monotonic()
-        if self._asked_to_stop:
-            console.note(f"{self.stage}: stopped at step {self.step} of {self.steps}, saved")
+        if stop:
+            self._note(f"stopped at step {self.step} of {self.steps}, saved")
+            self.machine.leave()
             raise SystemExit(143)
         self._pause(now)
 
-    def augmented(self, batch: Batch, size: int) -> Tensor:
-        """The batch, cropped, turned and mirrored at random: float32, in the tiles' units."""
-        return augment(batch.images, size, self.settings.crop_scale, self.random)
+    def validation(
+        self, tiles: SelectedTiles, size: int
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """This rank's part of all tiles: uncropped images on the device, and their rows."""
+        rows = np.arange(len(tiles))
+        starts = rows[::RUN][self.machine.rank :: self.machine.ranks]
+        mine = [rows[start : start + RUN] for start in starts]
+        if mine:
+            for batch in tiles.batches(np.concatenate(mine), RUN, size):
+                yield self.machine.upload(batch.images), batch.rows
 
     def log(self, **figures: float) -> None:
         """Add figures at this step; `val__loss` becomes `val/loss`."""
-        self.figures.add(self.step, self.step / self.steps_per_epoch, **figures)
+        if self.machine.first:
+            self.figures.add(self.step, self.step / self.steps_per_epoch, **figures)
         self.state["last"] = self.state.get("last", {}) | figures
 
     def last(self, name: str) -> float | None:
@@ -307,20 +407,262 @@ class Trainer:
             "images_per_s": round(self.state.get("images", 0) / max(seconds, 1e-9), 1),
             "seconds_training": round(seconds, 1),
             "steps": self.steps,
+            "skipped_steps": int(self.state.get("last", {}).get("train__skipped", 0)),
         }
+
+    # What it starts from
 
     @property
     def _section(self) -> str:
-        return "pretrain" if isinstance(self.settings, Pretrain) else "finetune"
+        return "pretrain" if isinstance(self.settings, Pretrain) else "finetune.scene"
+
+    def _batch_of_a_rank(self) -> int:
+        """Images of a micro-batch on one rank."""
+        size, parts = self.settings.batch_size, self.settings.accumulate * self.machine.ranks
+        if size % parts:
+            raise BadInput(
+                f"{self._section}.batch_size: {size} images cannot be shared by "
+                f"{self.machine.ranks} processes with {self.settings.accumulate} micro-batches "
+                f"each: take a multiple of {parts}"
+            )
+        return size // parts
+
+    def _check_tiles(self) -> None:
+        for sensor, tiles in self.tiles.items():
+            size = self.settings.batch_size
+            if len(tiles) < size:
+                raise BadInput(
+                    f"{self._section}.batch_size: a batch has {size} images, and there are "
+                    f"{len(tiles)} tiles of sensor {sensor} to train on: make it smaller, or "
+                    f"ingest more"
+                )
+            shorter = tiles.table[["width", "height"]].min(axis=1).to_numpy()
+            small = shorter < self.image_size / 2
+            if small.mean() > SMALL_SHARE:
+                raise BadInput(
+                    f"{int(small.sum())} of {len(tiles)} tiles of sensor {sensor} are smaller "
+                    f"than half of the model's image (tile {tiles.keys(np.flatnonzero(small))[0]}: "
+                    f"{int(shorter[small][0])} of {self.image_size} pixels): set "
+                    f"model.image_size to {int(np.median(shorter))} or less, or ingest larger tiles"
+                )
+
+    def _plan(self, shares: Mapping[str, float]) -> None:
+        """Which sensor each step trains on, and which of that sensor's batches it takes."""
+        names = list(self.tiles)
+        weights = np.array([shares[name] for name in names], np.float64)
+        dice = np.random.default_rng((self.settings.seed, len(names)))
+        drawn = dice.choice(len(names), self.steps, p=weights / weights.sum())
+        self._sensors = [names[i] for i in drawn]
+        self._nth = np.zeros(self.steps, np.int64)
+        for i in range(len(names)):
+            self._nth[drawn == i] = np.arange((drawn == i).sum())
+
+    def _rows(self, steps: Sequence[int], sensor: str) -> NDArray[np.int64]:
+        """Rows of the global batches of a sensor's steps: (steps, batch_size)."""
+        size = self.settings.batch_size
+        a_pass = len(self.tiles[sensor]) // size
+        rows = np.empty((len(steps), size), np.int64)
+        order, current = np.empty(0, np.int64), -1
+        for i, step in enumerate(steps):
+            number, at = divmod(int(self._nth[step]), a_pass)
+            if number != current:
+                order = shuffled(len(self.tiles[sensor]), self.settings.seed, number)
+                current = number
+            rows[i] = order[at * size : (at + 1) * size]
+        return rows
+
+    def _epoch(self) -> Generator[MicroBatch]:
+        """This rank's micro-batches from this step to the end of its epoch."""
+        steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
+        micros, ranks, share = self.settings.accumulate, self.machine.ranks, self._share
+        with contextlib.ExitStack() as opened:
+            streams = {}
+            for sensor, tiles in self.tiles.items():
+                own = [step for step in steps if self._sensors[step] == sensor]
+                rows = self._rows(own, sensor)
+                mine = rows.reshape(-1, micros, ranks, share)[:, :, self.machine.rank].reshape(-1)
+                streams[sensor] = tiles.batches(mine, share, self.tile_size)
+                opened.callback(streams[sensor].close)  # type: ignore[attr-defined]
+            for step in steps:
+                sensor = self._sensors[step]
+                for micro in range(micros):
+                    read = next(streams[sensor])
+                    start = (micro * ranks + self.machine.rank) * share
+                    yield MicroBatch(
+                        sensor,
+                        self.machine.upload(read.images),
+                        read.rows,
+                        slice(start, start + share),
+                        micro == 0,
+                        micro == micros - 1,
+                        read.waited_s,
+                    )
+
+    def _fit(self, model: nn.Module, try_out: trial.Trial) -> None:
+        """Try a micro-batch, on every rank."""
+
+        def fits(count: int) -> bool:
+            return trial.runs(self.machine, model, try_out, count)
+
+        largest = trial.largest_that_fits(fits, self._share)
+        smallest = min(int(n) for n in self.machine.gather(str(largest)))
+        if smallest == self._share:
+            return
+        size, parts = self.settings.batch_size, self.settings.accumulate * self.machine.ranks
+        if smallest == 0:
+            advice = "not even one image fits: take a smaller model"
+        else:
+            advice = (
+                f"the largest that fits is {smallest}: set {self._section}.batch_size to "
+                f"{smallest * parts}"
+            )
+            more = self.settings.accumulate * -(-self._share // smallest)
+            if size % (more * self.machine.ranks) == 0:
+                advice += f", or {self._section}.accumulate to {more}"
+        raise BadInput(
+            f"{self._section}.batch_size: {self._share} images at once do not fit the memory of "
+            f"this machine's {self.machine.device.type}; {advice}"
+        )
+
+    # The steps
+
+    def _begin_step(self) -> None:
+        self._bare.zero_grad(set_to_none=True)
+        self._loss = torch.zeros((), device=self.machine.device)
+        self._before = [buffer.clone() for buffer in self._statistics]
+        # For whatever else may draw; all that we know of is drawn from `random`.
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
+
+    def _tell_paths(self, part: slice) -> None:
+        if self._paths:
+            size, random = self.settings.batch_size, self.random(PATHS)
+            scales = whole_batch.drop_path_scales(self._paths, size, part, random)
+            for path, scale in zip(self._paths, self.machine.upload(scales), strict=True):
+                path.scale = scale
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether the step is good, and the counts of those that are not; all on the device."""
+        mean, first, row, skipped = self._guard.unbind()
+        begun = first > 0
+        exploded = begun & (loss > EXPLODED * mean) & (loss > first)
+        good = torch.isfinite(loss) & torch.isfinite(norm) & ~exploded
+        running = torch.where(begun, torch.lerp(loss, mean, MEMORY_OF_MEAN), loss)
+        after = torch.stack((running, torch.where(begun, first, loss), row * 0, skipped))
+        self._guard = torch.where(good, after, torch.stack((mean, first, row + 1, skipped + 1)))
+        return good
+
+    def _row(self) -> int:
+        """Steps skipped in a row; waits for the device."""
+        return int(self._guard[2])
+
+    def _log_figures(self, rate: float) -> None:
+        loss, norm, good, *_, skipped = torch.cat((self._sums, self._guard)).tolist()
+        elapsed = time.monotonic() - self._counted_from
+        images = self._updates * self.settings.batch_size
+        figures = {
+            "train__lr": rate,
+            "train__images_per_s": images / elapsed,
+            "train__mfu": images / elapsed * self._flops / self._peak,
+            "train__data_wait_share": min(1.0, self._waited_s / elapsed),
+            "train__memory_gb": self.machine.memory_gb(),
+            "train__skipped": skipped,
+        }
+        if good:
+            self._last_loss = loss / good
+            figures |= {"train__loss": self._last_loss, "train__grad_norm": norm / good}
+        self.log(**figures)
+        self.state["seconds"] += elapsed
+        self.state["images"] = self.state.get("images", 0) + images
+        self._clear()
+
+    def _look_at_skipped(self) -> None:
+        """Go back, or give up, after too many skipped steps in a row."""
+        row = self._row()
+        if row < min(ROW, self.steps):
+            return
+        at, sensor = self.step - 1, self._sensors[self.step - 1]
+        keys = self.tiles[sensor].keys(self._rows(range(at, at + 1), sensor)[0])
+        what = (
+            f"{row} steps in a row were skipped, up to step {self.step}: their losses were no "
+            f"numbers, or more than {EXPLODED:g} times the mean"
+        )
+        again = (
+            f"also at {self.state['rate']:g} times the rate"
+            if "rate" in self.state
+            else "and no good checkpoint is left to return to"
+        )
+        if "rate" in self.state or not self._restore(lambda state: not state["row"]):
+            raise BadInput(
+                f"{self.stage}: {what}, {again}; lower "
+                f"{self._section}.base_lr, or look at the last batch's tiles: "
+                f"{', '.join(keys[:4])} (and {max(0, len(keys) - 4)} more)"
+            )
+        self.state["rate"] = LOWER
+        self._updated = False
+        self._note(f"{what}: returns to step {self.step}, at {LOWER:g} times the rate")
+        self._guard[2] = 0
+        self._save()
+        self._clear()
+
+    # Checkpoints
+
+    def _save(self, best: bool = False) -> None:
+        if self.machine.first:
+            self.state["row"] = self._row()
+            tensors = {**self.tensors, "guard": self._guard}
+            checkpoint.write(
+                self._checkpoints, self.step, self._bare, self.optimizer, self.state, tensors, best
+            )
+
+    def _restore(self, wanted: Callable[[dict[str, Any]], bool] = lambda state: True) -> bool:
+        """Go to the newest wanted checkpoint, which the first rank reads and all ranks take."""
+        found = checkpoint.read(self._checkpoints, wanted) if self.machine.first else None
+        found = self._shared(found)
+        if found is not None:
+            found.into(self._bare, self.optimizer, self.run_dir)
+            self.step, self.state = found.step, found.state
+            extra = found.part(checkpoint.EXTRA)
+            self._guard = extra.pop("guard").to(self.machine.device)
+            self.tensors = extra
+        if self.machine.first:
+            self.figures.cut(self.step)
+        return found is not None
+
+    def _shared(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+        """The first rank's checkpoint, on every rank: their machines may share no disk."""
+        if self.machine.ranks == 1:
+            return found
+        header = None
+        if found is not None:
+            kinds = [
+                (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+                for name, tensor in found.tensors.items()
+            ]
+            header = {"step": found.step, "state": found.state, "tensors": kinds}
+        told = json.loads(self.machine.gather(json.dumps(header))[0])
+        if told is None:
+            return None
+        tensors = {}
+        for name, kind, shape in told["tensors"]:
+            own = torch.empty(shape, dtype=getattr(torch, kind))
+            tensors[name] = self.machine.broadcast(own if found is None else found.tensors[name])
+        return checkpoint.Checkpoint(told["step"], told["state"], tensors)
+
+    # Small things
 
     def _clear(self) -> None:
-        self._losses = self._waited_s = 0.0
-        self._images = self._updates = 0
+        self._sums = torch.zeros(3, device=self.machine.device)  # loss, norm, good steps
+        self._waited_s = 0.0
+        self._updates = 0
         self._counted_from = time.monotonic()
 
     def _pause(self, since: float) -> None:
         """Leave the time since then (validation, saving) out of the training's rate."""
         self._counted_from += time.monotonic() - since
+
+    def _note(self, text: str) -> None:
+        if self.machine.first:
+            console.note(f"{self.stage}: {text}")
 
     def _ask_to_stop(self) -> None:
         self._asked_to_stop = True

@@ -1,6 +1,6 @@
 """Fine-tuning for scene classification, from the pre-trained encoder or from scratch.
 
-    uint8 tiles → random crops, turns, perhaps mixed in pairs → classifier → smoothed cross-entropy
+    tiles → random crops, turns, perhaps mixed in pairs → classifier → smoothed cross-entropy
 
 The recipe is the same with and without the encoder, so that the difference is the encoder's. The
 model of the best epoch by validation accuracy is kept, the later one of equals.
@@ -11,37 +11,53 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ringmo import config as configuration
 from ringmo.config import Config
 from ringmo.data.loading import SelectedTiles
 from ringmo.errors import BadInput
-from ringmo.models.backbone import encoder, transfer
+from ringmo.models.backbone import Transfer, encoder, transfer
 from ringmo.models.classifier import Classifier
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
 from ringmo.training import engine
+from ringmo.training.engine import Normal, Trainer
+from ringmo.training.machine import Machine
 from ringmo.workspace import Workspace
 
 
 def finetune(
-    config: Config, workspace: Workspace, out: Path, task: str, from_scratch: bool = False
+    config: Config,
+    workspace: Workspace,
+    out: Path,
+    task: str,
+    from_scratch: bool = False,
+    *,
+    encoder: Path | None = None,
+    selection: Path | None = None,
 ) -> Report:
     """Train on work/select/TASK.parquet and write the model to out/model/.
 
-    From work/pretrain/encoder, whose architecture and normalisation it takes; or, from scratch,
-    with those of params.yaml and no weights.
+    From work/pretrain/encoder, whose architecture and normalisation it takes, at the sizes of
+    finetune.TASK; or, from scratch, with those of params.yaml and no weights.
+
+    Args:
+        encoder: another bundle's folder. selection: another Parquet file of the same columns.
 
     Raises:
-        BadInput: no labels, no encoder, one for other bands, or a loss that is not a number.
+        BadInput: no labels or too few for a batch, no encoder, one for other bands or other
+            sizes, a batch that does not fit the memory, unequal ranks, a loss that stays no
+            number.
         SystemExit: 143 on SIGTERM, after a checkpoint.
     """
     stage = f"{'scratch' if from_scratch else 'finetune'}@{task}"
-    selection = workspace.work("select") / f"{task}.parquet"
-    settings, sensor = config.finetune["scene"], config.sensors[config.select.sensor]
+    selection = selection or workspace.work("select") / f"{task}.parquet"
+    settings, name = config.finetune["scene"], config.select.sensor
+    sensor, pretrained, encoder_hash = config.sensors[name], None, None
     selection_hash = engine.file_hash(selection)
-    train = SelectedTiles(workspace, selection, "train")
-    val = SelectedTiles(workspace, selection, "val")
+    train = SelectedTiles(workspace, selection, "train", name)
+    val = SelectedTiles(workspace, selection, "val", name)
     classes = sorted({str(label) for label in train.table["label"]})
     if len(classes) < 2:
         raise BadInput(
@@ -49,66 +65,79 @@ def finetune(
             f"put images into two or more class folders, or label them, and ingest again"
         )
 
-    architecture, mean, std, encoder_hash = config.model, sensor.mean, sensor.std, None
+    architecture = config.model
     if not from_scratch:
-        pretrained = bundle.load(workspace.work("pretrain") / "encoder")
-        if pretrained.meta["bands"] != sensor.bands:
-            raise BadInput(
-                f"{pretrained.folder} reads bands {pretrained.meta['bands']}, "
-                f"sensor {config.select.sensor} has {sensor.bands}: pre-train again"
-            )
+        pretrained = bundle.load(encoder or workspace.work("pretrain") / "encoder")
+        sensor = _sensor_of(pretrained, name, sensor)
         architecture = configuration.Model.model_validate(pretrained.meta["architecture"])
-        mean, std, encoder_hash = pretrained.meta["mean"], pretrained.meta["std"], pretrained.hash
+        encoder_hash = pretrained.hash
+    try:
+        architecture = settings.sized(architecture)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    size = architecture.image_size
     params = {
         "model": architecture.model_dump(mode="json"),
-        "sensors": {config.select.sensor: sensor.model_dump(mode="json")},
+        "sensors": {name: sensor.model_dump(mode="json")},
         f"finetune.{task}": settings.model_dump(mode="json"),
     }
-    fingerprint = configuration.digest(selection_hash, params, REVISIONS["finetune"], encoder_hash)
+    revision = REVISIONS["finetune"]
+    fingerprint = configuration.digest(selection_hash, params, revision, encoder_hash)
 
-    machine, size = engine.hardware(), architecture.image_size
+    machine = Machine(config.hardware)
+    normal = Normal.of(sensor, machine.device)
     torch.manual_seed(settings.seed)
-    trunk = encoder(architecture, len(sensor.bands), settings.drop_path)
-    model = Classifier(trunk, len(classes))
-    generated = train.generated
-    if not from_scratch:
-        came = transfer(pretrained.model.state_dict(), trunk, str(pretrained.folder))
+    model = _classifier(architecture, {name: len(sensor.bands)}, settings.drop_path, len(classes))
+    generated, notes = train.generated, []
+    if pretrained is not None:
+        came = transfer(pretrained.model.state_dict(), model.encoder, str(pretrained.folder))
         generated = generated or bool(pretrained.meta["generated"])
+        notes = _what_came(came)
     machine.place(model)
-    trainer = engine.Trainer(
+
+    def try_out(candidate: nn.Module, count: int) -> Tensor:
+        shape = (count, len(sensor.bands), size, size)
+        logits: Tensor = candidate(torch.randn(shape, device=machine.device))
+        return logits.float().logsumexp(1).mean()
+
+    trainer = Trainer(
         workspace,
         stage,
         fingerprint,
         configuration.flatten(params),
         settings,
-        model,
-        trunk,
-        train,
-        round(size * engine.CROP_MARGIN),
         machine,
+        model,
+        model.encoder,
+        {name: train},
+        {name: 1.0},
+        size,
+        try_out,
+        config.hardware.compile,
     )
 
-    targets = torch.from_numpy(_numbers(train, classes)).to(machine.device)
-    normal = {"mean": mean, "std": std}
+    answers = torch.nn.functional.one_hot(torch.from_numpy(_numbers(train, classes))).float()
     for batch in trainer.batches():
-        images = bundle.normalise(trainer.augmented(batch, size), mean, std)
-        wanted = torch.nn.functional.one_hot(targets[batch.rows], len(classes)).float()
+        images = normal(trainer.augmented(batch))
+        wanted = machine.upload(answers[batch.rows])
         if settings.mixup:
-            share = float(trainer.random.beta(settings.mixup, settings.mixup))
-            images = share * images + (1 - share) * images.flip(0)
-            wanted = share * wanted + (1 - share) * wanted.flip(0)
-        with machine.autocast():
-            logits = model(images)
+            # Each image with its neighbour: the order is random, and pairs stay on one rank where
+            # its share is even (an odd one leaves its last image unmixed).
+            partner = torch.arange(len(images), device=machine.device)
+            partner = (partner ^ 1).clamp(max=len(images) - 1)
+            share = float(trainer.random(engine.MIX).beta(settings.mixup, settings.mixup))
+            images = share * images + (1 - share) * images[partner]
+            wanted = share * wanted + (1 - share) * wanted[partner]
+        logits = trainer.model(images)
         loss = torch.nn.functional.cross_entropy(
             logits.float(), wanted, label_smoothing=settings.label_smoothing
         )
         trainer.update(loss, batch)
         if trainer.epoch_ended:
+            accuracy = 0.0  # without validation tiles every epoch ties, so the last is kept
             if len(val):
-                accuracy = _accuracy(model, val, classes, normal, size, settings.batch_size)
+                accuracy = _accuracy(trainer, model, val, classes, normal)
                 trainer.log(val__accuracy=accuracy)
-            else:
-                accuracy = 0.0  # every epoch ties, so the last is kept
             if accuracy >= trainer.state.get("best_accuracy", 0.0):
                 trainer.state |= {"best_accuracy": accuracy, "best_epoch": trainer.epoch}
                 trainer.tensors = {n: v.clone() for n, v in model.state_dict().items()}
@@ -127,29 +156,52 @@ def finetune(
         "kind": "scene",
         "architecture": architecture.model_dump(mode="json"),
         "image_size": size,
-        "sensor": config.select.sensor,
-        "bands": sensor.bands,
-        "mean": mean,
-        "std": std,
+        "sensors": params["sensors"],
+        "sensor": name,
         "classes": classes,
         "generated": generated,
         "lineage": {
             "selection": selection_hash,
             "params": configuration.digest(params),
-            "revision": REVISIONS["finetune"],
+            "revision": revision,
             "encoder": encoder_hash,
         },
         "figures": {"val_accuracy": figures["val_accuracy"]},
     }
-    bundle.write(out / "model", model.to("cpu"), meta, train.image(0))
-    report = Report(
-        stage, figures=figures, run_dir=str(trainer.run_dir.relative_to(workspace.root))
-    )
-    if not from_scratch:
-        report.notes.append(
-            f"all {came.matched} tensors of the encoder came over ({came.parameters} values)"
+    if machine.first:
+        bundle.write(out / "model", model.to("cpu"), meta, train.image(0))
+    machine.leave()
+    run_dir = str(trainer.run_dir.relative_to(workspace.root))
+    return Report(stage, figures=figures, notes=notes, run_dir=run_dir)
+
+
+def _sensor_of(
+    pretrained: bundle.Bundle, name: str, sensor: configuration.Sensor
+) -> configuration.Sensor:
+    """The task's sensor as the encoder knows it: its normalisation belongs to its weights."""
+    known = pretrained.meta["sensors"].get(name)
+    if known is None or known["bands"] != sensor.bands or known["dtype"] != sensor.dtype:
+        found = "no such sensor" if known is None else f"{known['bands']} of {known['dtype']}"
+        raise BadInput(
+            f"{pretrained.folder}: sensor {name} has {sensor.bands} of {sensor.dtype}, the encoder "
+            f"knows {found}: pre-train again with it in pretrain.mix"
         )
-    return report
+    return configuration.Sensor.model_validate(known)
+
+
+def _classifier(
+    architecture: configuration.Model, bands: dict[str, int], drop_path: float, classes: int
+) -> Classifier:
+    return Classifier(encoder(architecture, bands, drop_path, finetuning=True), classes)
+
+
+def _what_came(came: Transfer) -> list[str]:
+    notes = [f"{came.matched} tensors of the encoder came over ({came.parameters} values)"]
+    if came.resized:
+        notes.append(f"{len(came.resized)} position tables were resized")
+    if came.left_out:
+        notes.append(f"left out: {', '.join(came.left_out)}")
+    return notes
 
 
 def _numbers(tiles: SelectedTiles, classes: list[str]) -> NDArray[np.int64]:
@@ -158,20 +210,16 @@ def _numbers(tiles: SelectedTiles, classes: list[str]) -> NDArray[np.int64]:
     return np.array([number.get(str(label), -1) for label in tiles.table["label"]], np.int64)
 
 
+@torch.no_grad()
 def _accuracy(
-    model: Classifier,
-    tiles: SelectedTiles,
-    classes: list[str],
-    normal: dict[str, list[float]],
-    size: int,
-    batch_size: int,
+    trainer: Trainer, model: Classifier, tiles: SelectedTiles, classes: list[str], normal: Normal
 ) -> float:
     """Share of tiles, uncropped, whose likeliest class is theirs."""
-    device = next(model.parameters()).device
     truth, right = _numbers(tiles, classes), 0
     model.eval()
-    for batch in tiles.batches(np.arange(len(tiles)), batch_size, size):
-        predicted = bundle.answer(model, batch.images.to(device), normal).argmax(1).cpu().numpy()
-        right += int((predicted == truth[batch.rows]).sum())
+    for images, rows in trainer.validation(tiles, trainer.image_size):
+        with trainer.machine.autocast():
+            predicted = model(normal(images)).argmax(1).cpu().numpy()
+        right += int((predicted == truth[rows]).sum())
     model.train()
-    return right / len(tiles)
+    return trainer.machine.total(right)[0] / len(tiles)

@@ -1,171 +1,255 @@
-"""Pre-training: the encoder learns to fill in masked pixels (RingMo with PIMask).
+"""Pre-training: the encoder learns to fill in what a mask hides (RingMo, SimMIM or MAE).
 
-    uint8 tiles → random crops, turns → normalised images x, mask m
-    loss = |x - RingMo(x · (1 - m))| on masked pixels
+    tiles → random crops, turns → normalised images x, mask m
+    loss = |x - model(x · (1 - m))| on masked pixels
+
+    ringmo pretrain                                    one process, or one a GPU
+    torchrun --nproc-per-node 2 -m ringmo pretrain     by hand; more in training/launch.py
 
 A killed training goes on from its last checkpoint; the same selection, parameters and revision
 give the same encoder.
 """
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ringmo import config as configuration
-from ringmo.config import Config, Pretrain, Sensor
+from ringmo.config import Config, Sensor
 from ringmo.data.loading import SelectedTiles
-from ringmo.errors import BadInput
-from ringmo.evaluation.pictures import reconstructions
-from ringmo.models.backbone import encoder
-from ringmo.models.masking import pimask
-from ringmo.models.ringmo import RingMo, masked_l1
+from ringmo.evaluation import pictures, probes
+from ringmo.models.backbone import timm_weights, transfer
+from ringmo.models.mae import MAE
+from ringmo.models.pretraining import pretraining_model
+from ringmo.models.ringmo import RingMo
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
 from ringmo.training import engine
+from ringmo.training.engine import Normal, Trainer
+from ringmo.training.machine import Machine
 from ringmo.workspace import Workspace
 
 SHOWN = 12  # tiles in a picture of reconstructions
+KNN_TILES = 2000  # of each split, evenly chosen: enough for a figure, seconds to embed
 
 
 def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     """Train the encoder on work/select/pretrain.parquet and write it to out/encoder/.
 
     Raises:
-        BadInput: no tiles to train on, a damaged selection, or a loss that is not a number.
+        BadInput: too few tiles or too small ones, a damaged selection, a batch that does not fit
+            the memory, unequal ranks, a loss that stays no number.
         SystemExit: 143 on SIGTERM, after a checkpoint.
     """
     selection = workspace.work("select") / "pretrain.parquet"
-    settings, sensor = config.pretrain, config.sensors[config.select.sensor]
+    settings, size = config.pretrain, config.model.image_size
+    sensors = {name: config.sensors[name] for name in settings.mix}
+    bands = {name: len(sensor.bands) for name, sensor in sensors.items()}
     selection_hash = engine.file_hash(selection)
+    init_hash = engine.file_hash(Path(settings.init)) if settings.init else None
     params = {
         "model": config.model.model_dump(mode="json"),
-        "sensors": {config.select.sensor: sensor.model_dump(mode="json")},
-        "pretrain": settings.model_dump(mode="json"),
+        "sensors": {name: sensor.model_dump(mode="json") for name, sensor in sensors.items()},
+        # How often a figure is taken is no part of what is trained.
+        "pretrain": settings.model_dump(mode="json", exclude={"knn_every"}),
     }
-    fingerprint = configuration.digest(selection_hash, params, REVISIONS["pretrain"], None)
+    revision = REVISIONS["pretrain"]
+    fingerprint = configuration.digest(selection_hash, params, revision, init_hash)
 
-    train = SelectedTiles(workspace, selection, "train")
-    val = SelectedTiles(workspace, selection, "val")
-    if not len(train):
-        raise BadInput(f"{selection} has no tiles to train on: ingest more imagery")
+    train = {name: SelectedTiles(workspace, selection, "train", name) for name in sensors}
+    val = {name: SelectedTiles(workspace, selection, "val", name) for name in sensors}
+    machine = Machine(config.hardware, unused_parameters=len(sensors) > 1)
+    normal = {name: Normal.of(sensor, machine.device) for name, sensor in sensors.items()}
 
-    machine, size = engine.hardware(), config.model.image_size
     torch.manual_seed(settings.seed)
-    model = RingMo(encoder(config.model, len(sensor.bands), settings.drop_path), len(sensor.bands))
+    model = pretraining_model(config.model, settings, bands)
+    notes = []
+    if settings.init:
+        weights = timm_weights(Path(settings.init), config.model, config.select.sensor)
+        others = [name for name in sensors if name != config.select.sensor]
+        came = transfer(weights, model.encoder, settings.init, fresh=others)
+        notes.append(f"from {settings.init}: {came.matched} tensors ({came.parameters} values)")
     machine.place(model)
-    trainer = engine.Trainer(
+
+    def try_out(candidate: nn.Module, count: int) -> Tensor:
+        widest = max(bands, key=lambda name: bands[name])
+        images = torch.randn(count, bands[widest], size, size, device=machine.device)
+        mask = model.masks(count, device=machine.device)
+        loss: Tensor = candidate(images, mask, widest)
+        return loss
+
+    trainer = Trainer(
         workspace,
         "pretrain",
         fingerprint,
         configuration.flatten(params),
         settings,
+        machine,
         model,
         model.encoder,
         train,
-        round(size * engine.CROP_MARGIN),
-        machine,
+        settings.mix,
+        size,
+        try_out,
+        config.hardware.compile,
     )
-
-    masks = partial(
-        pimask,
-        height=size,
-        width=size,
-        mask_patch_size=settings.mask_patch_size,
-        mask_ratio=settings.mask_ratio,
-        inside_ratio=settings.inside_ratio,
-        device=machine.device,
-    )
-    held_out = val if len(val) else train
+    neighbours = Neighbours(config, workspace, machine) if machine.first else None
 
     for batch in trainer.batches():
-        images = trainer.augmented(batch, size)
-        images = bundle.normalise(images, sensor.mean, sensor.std)
-        mask = masks(len(images))
-        with machine.autocast():
-            loss = masked_l1(model(images, mask), images, mask)
+        images = normal[batch.sensor](trainer.augmented(batch))
+        mask = trainer.masks(batch, model.masks)
+        loss = trainer.model(images, mask, batch.sensor)
         trainer.update(loss, batch)
+        val_loss = None
         if trainer.epoch_ended:
-            if len(val):
-                trainer.log(val__loss=_loss(model, val, sensor, masks, settings))
-            if trainer.epoch % settings.picture_every == 0 or trainer.epoch == settings.epochs:
-                path = trainer.pictures / f"epoch-{trainer.epoch:03d}.png"
-                _picture(path, model, held_out, sensor, masks, settings)
-        trainer.save_if_due()
+            if any(len(tiles) for tiles in val.values()):
+                val_loss = _loss(trainer, model, val, normal)
+                trainer.log(val__loss=val_loss)
+            if neighbours is not None and (
+                trainer.epoch % settings.knn_every == 0 or trainer.ended
+            ):
+                accuracy = neighbours.accuracy(model)
+                if accuracy is not None:
+                    trainer.log(knn__accuracy=accuracy)
+            if machine.first and (trainer.epoch % settings.picture_every == 0 or trainer.ended):
+                for name in sensors:
+                    held_out = val[name] if len(val[name]) else train[name]
+                    _picture(trainer, model, name, sensors[name], held_out)
+        trainer.save_if_due(best=val_loss)
 
-    lineage = {
-        "selection": selection_hash,
-        "params": configuration.digest(params),
-        "revision": REVISIONS["pretrain"],
-        "encoder": None,
-    }
     figures = {
         **trainer.summary(),
-        "tiles": len(train),
+        "tiles": sum(len(tiles) for tiles in train.values()),
         "train_loss": trainer.last("train__loss"),
         "val_loss": trainer.last("val__loss"),
+        "knn_accuracy": trainer.last("knn__accuracy"),
     }
     meta = {
         "kind": "encoder",
         "architecture": config.model.model_dump(mode="json"),
         "image_size": size,
-        "sensor": config.select.sensor,
-        "bands": sensor.bands,
-        "mean": sensor.mean,
-        "std": sensor.std,
+        "sensors": params["sensors"],
         "classes": None,
-        "generated": train.generated,
-        "lineage": lineage,
-        "figures": {"val_loss": figures["val_loss"]},
+        "generated": any(tiles.generated for tiles in train.values()),
+        "lineage": {
+            "selection": selection_hash,
+            "params": configuration.digest(params),
+            "revision": revision,
+            "encoder": init_hash,
+        },
+        "figures": {"val_loss": figures["val_loss"], "knn_accuracy": figures["knn_accuracy"]},
     }
-    bundle.write(out / "encoder", model.encoder.to("cpu"), meta, train.image(0))
-    return Report(
-        "pretrain", figures=figures, run_dir=str(trainer.run_dir.relative_to(workspace.root))
-    )
+    if machine.first:
+        example = next(iter(train.values())).image(0)
+        bundle.write(out / "encoder", model.encoder.to("cpu"), meta, example)
+    machine.leave()
+    run_dir = str(trainer.run_dir.relative_to(workspace.root))
+    return Report("pretrain", figures=figures, notes=notes, run_dir=run_dir)
 
 
-@torch.inference_mode()
-def _reconstruct(
-    model: RingMo, images: Tensor, sensor: Sensor, masks: Any, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of uint8 images: normalised, mask of this seed, reconstruction."""
-    device = next(model.parameters()).device
-    images = bundle.normalise(images.to(device), sensor.mean, sensor.std)
-    mask = masks(len(images), generator=torch.Generator(device).manual_seed(seed))
-    was_training = model.training
-    model.eval()
-    reconstruction = model(images, mask)
-    model.train(was_training)
-    return images, mask, reconstruction
-
-
+@torch.no_grad()
 def _loss(
-    model: RingMo, tiles: SelectedTiles, sensor: Sensor, masks: Any, settings: Pretrain
+    trainer: Trainer,
+    model: RingMo | MAE,
+    tiles: dict[str, SelectedTiles],
+    normal: dict[str, Normal],
 ) -> float:
-    """Mean masked error over all tiles, uncropped, under the same masks every time."""
-    total, size = 0.0, masks.keywords["height"]
-    for batch in tiles.batches(np.arange(len(tiles)), settings.batch_size, size):
-        seed = settings.seed + int(batch.rows[0])
-        images, mask, reconstruction = _reconstruct(model, batch.images, sensor, masks, seed)
-        total += float(masked_l1(reconstruction, images, mask)) * len(images)
-    return total / len(tiles)
+    """Mean loss over all validation tiles, uncropped, under the same masks every time."""
+    machine, total, count = trainer.machine, 0.0, 0
+    model.eval()
+    for name, own in tiles.items():
+        for images, rows in trainer.validation(own, trainer.image_size):
+            mask = _mask(trainer, model, len(images), int(rows[0]))
+            with machine.autocast():
+                loss = model(normal[name](images), mask, name)
+            total += float(loss) * len(images)
+            count += len(images)
+    model.train()
+    total, images_of_all = machine.total(total, count)
+    return total / images_of_all
 
 
+def _mask(trainer: Trainer, model: RingMo | MAE, count: int, number: int) -> Tensor:
+    """The masks of this number, the same whenever they are asked for."""
+    device = trainer.machine.device
+    generator = torch.Generator(device).manual_seed(trainer.settings.seed + number)
+    return model.masks(count, generator=generator, device=device)
+
+
+@torch.no_grad()
 def _picture(
-    path: Path,
-    model: RingMo,
-    tiles: SelectedTiles,
-    sensor: Sensor,
-    masks: Any,
-    settings: Pretrain,
+    trainer: Trainer, model: RingMo | MAE, name: str, sensor: Sensor, tiles: SelectedTiles
 ) -> None:
     """Original, masked and reconstructed, of the same tiles and masks every time."""
     rows = np.linspace(0, len(tiles) - 1, min(SHOWN, len(tiles))).astype(int)
-    small = torch.stack([tiles.small(int(row), masks.keywords["height"]) for row in rows])
-    images, mask, reconstruction = _reconstruct(model, small, sensor, masks, settings.seed)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (sensor.mean, sensor.std))
-    filled = torch.where(mask, reconstruction, images).cpu() * std + mean
-    reconstructions(path, small.numpy(), mask.cpu().numpy(), filled.clamp(0, 255).byte().numpy())
+    small = torch.stack([tiles.small(int(row), trainer.image_size) for row in rows])
+    normal = Normal.of(sensor, trainer.machine.device)
+    images = normal(trainer.machine.upload(small))
+    mask = _mask(trainer, model, len(images), 0)
+    model.eval()
+    with trainer.machine.autocast():
+        filled = torch.where(mask, model.reconstruct(images, mask, name).float(), images)
+    model.train()
+
+    def back(pixels: Tensor) -> np.ndarray:
+        return normal.back(pixels).permute(0, 2, 3, 1).cpu().numpy()
+
+    def shown(pixels: np.ndarray) -> np.ndarray:
+        """Reconstructions are stretched as their originals are."""
+        return np.stack(
+            [
+                pictures.visible(one, sensor, like)
+                for one, like in zip(pixels, originals, strict=True)
+            ]
+        )
+
+    originals = back(images)
+    only = len(trainer.tiles) == 1
+    path = trainer.pictures / f"epoch-{trainer.epoch:03d}{'' if only else f'-{name}'}.png"
+    masks = mask.permute(0, 2, 3, 1).cpu().numpy()
+    pictures.reconstructions(path, shown(originals), masks, shown(back(filled)))
+
+
+class Neighbours:
+    """The k-NN accuracy of frozen features on the labelled tiles: do they get better?
+
+    Neighbours among the training tiles of work/select/scene.parquet vote for those of validation.
+    None of it reaches the encoder.
+    """
+
+    def __init__(self, config: Config, workspace: Workspace, machine: Machine) -> None:
+        selection = workspace.work("select") / "scene.parquet"
+        self.sensor, self.size = config.select.sensor, config.model.image_size
+        self.normal = Normal.of(config.sensors[self.sensor], machine.device)
+        self.machine = machine
+        self.splits: list[tuple[SelectedTiles, np.ndarray]] = []
+        if selection.exists():
+            for split in ("train", "val"):
+                tiles = SelectedTiles(workspace, selection, split, self.sensor)
+                every = max(1, -(-len(tiles) // KNN_TILES))
+                self.splits.append((tiles, np.arange(0, len(tiles), every)))
+
+    def accuracy(self, model: RingMo | MAE) -> float | None:
+        """Share of validation tiles that their neighbours name rightly; None without labels."""
+        if not self.splits or not all(len(rows) for _, rows in self.splits):
+            return None
+        (known, labels), (asked, truth) = (self._features(model, *s) for s in self.splits)
+        names = {name: number for number, name in enumerate(sorted(set(labels)))}
+        numbers = torch.tensor([names[label] for label in labels], device=known.device)
+        right = torch.tensor([names.get(label, -1) for label in truth], device=known.device)
+        return float((probes.knn(known, numbers, asked) == right).float().mean())
+
+    @torch.no_grad()
+    def _features(
+        self, model: RingMo | MAE, tiles: SelectedTiles, rows: np.ndarray
+    ) -> tuple[Tensor, list[str]]:
+        encoder = model.encoder.eval()
+        features = []
+        for batch in tiles.batches(rows, engine.RUN, self.size):
+            images = self.normal(self.machine.upload(batch.images))
+            with self.machine.autocast():
+                features.append(encoder(images, self.sensor).float().mean((1, 2)))
+        model.train()
+        return torch.cat(features), [str(label) for label in tiles.table["label"].iloc[rows]]

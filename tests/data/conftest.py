@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -25,6 +26,15 @@ def run(workspace: Any) -> Callable[..., Any]:
         return ingest(Config.load(workspace.params_file), workspace)
 
     return ingest_now
+
+
+@pytest.fixture(scope="session")
+def terramesh() -> Path:
+    """Real places, each seen by several sensors, where this machine has them."""
+    folder = REPOSITORY.parent / "shared" / "data" / "geotiff" / "terramesh"
+    if not folder.is_dir():
+        pytest.skip("no real imagery beside the checkout")
+    return folder
 
 
 @pytest.fixture

@@ -72,6 +72,42 @@ def geotiff(
     return path
 
 
+# By sensor: bands, dtype of the file, and what turns `pixels` into values that it could have.
+SENSORS: dict[str, tuple[int, str, float, float]] = {
+    "rgb": (3, "uint8", 0, 1),
+    "s2l2a": (12, "int16", 200, 20),
+    "s2l1c": (13, "int16", 1200, 20),
+    "s1": (2, "float64", -25, 0.1),
+}
+
+
+def sensed(sensor: str, number: int, width: int = 48, height: int = 48) -> Any:
+    """Values of a sensor's bands, (H, W, C), in the dtype that its files have."""
+    bands, dtype, base, scale = SENSORS[sensor]
+    texture = pixels(number, width, height)[..., np.arange(bands) % 3].astype(float)
+    # What a band sees differs from what the others see, if not by much.
+    texture += np.random.default_rng(number).integers(-9, 10, texture.shape)
+    return (base + scale * np.clip(texture, 1, 254)).astype(dtype)
+
+
+def write_bands(
+    path: Path, values: Any, left: float = 0, top: float = 5e6, *, gsd: float = 10.0, **profile: Any
+) -> Path:
+    """A GeoTIFF of values (H, W, C); more of its profile by name, as nodata and crs."""
+    import rasterio
+    from rasterio.transform import from_origin
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width, bands = values.shape
+    profile = {"crs": "EPSG:32631", "transform": from_origin(left, top, gsd, gsd), **profile}
+    with rasterio.open(
+        path, "w", driver="GTiff", width=width, height=height, count=bands,
+        dtype=str(values.dtype), photometric="minisblack", **profile,
+    ) as target:  # fmt: skip
+        target.write(values.transpose(2, 0, 1))
+    return path
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below and its bytes."""
     return {

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_imagery import class_folders, encoded, geotiff, pixels
+from small_imagery import class_folders, encoded, geotiff, pixels, sensed, write_bands
 
+from ringmo.config import Config
 from ringmo.data import places
 from ringmo.data.measures import measure
+from ringmo.workspace import template
 
 
 def row(key: str, label: str | None = None, box: tuple[float, ...] | None = None, **more: Any):
@@ -21,7 +23,7 @@ def row(key: str, label: str | None = None, box: tuple[float, ...] | None = None
     return {
         "key": key, "label": label, "crs": "EPSG:32631" if box else None, "minx": minx,
         "miny": miny, "maxx": maxx, "maxy": maxy, "std": 20.0, "phash": digits,
-        "source": key, "source_root": "r", **more,
+        "source": key, "source_root": "r", "sensor": "rgb", **more,
     }  # fmt: skip
 
 
@@ -179,6 +181,77 @@ def test_georeferenced_neighbours_share_a_split(run, manifest, tmp_path):
     assert report.figures["places"] == 6
     for i in range(6):
         assert tiles["split"][f"a{i}.tif"] == tiles["split"][f"b{i}.tif"]
+
+
+def test_one_place_seen_by_three_sensors_has_one_split(run, manifest, tmp_path):
+    for i in range(12):
+        for sensor in ("rgb", "s2l2a", "s1"):
+            path = tmp_path / "in" / sensor / f"{i}.tif"
+            # Not the same numbers: their footprints join them, nothing they look like.
+            write_bands(path, sensed(sensor, 50 * i + len(sensor)), 1000 * i)
+    report = run(tmp_path / "in")
+    tiles = manifest()
+    assert report.figures["places"] == 12
+    assert report.figures["near_duplicates"] == 0
+    assert (tiles.groupby("place")["sensor"].nunique() == 3).all()
+    assert (tiles.groupby("place")["split"].nunique() == 1).all()
+    assert set(tiles["split"]) == {"train", "val", "test"}
+    before = tiles.set_index("key")["split"]
+    # A fourth comes later, and shares half the ground only.
+    write_bands(tmp_path / "in" / "s2l1c" / "0.tif", sensed("s2l1c", 999), 240)
+    assert run(tmp_path / "in").figures["new_tiles"] == 1
+    tiles = manifest().set_index("key")
+    first = tiles[tiles["source"].str.endswith("/0.tif")]
+    assert len(first) == 4
+    assert first["split"].nunique() == first["place"].nunique() == 1
+    assert (tiles["split"][before.index] == before).all()
+
+
+def test_labels_of_one_sensor_decide_the_split_of_its_places():
+    rows = []
+    for label in "ab":
+        for i in range(20):
+            left = (100.0 if label == "a" else 9000) + 100 * i
+            box = (left, 0.0, left + 50, 50.0)
+            rows.append(row(f"{label}{i}", label, box))
+            rows += [row(f"{label}{i}{s}", None, box, sensor=s) for s in ("s1", "s2l2a")]
+    assign([], rows)
+    for label in "ab":
+        splits = [r["split"] for r in rows if r["label"] == label]
+        assert (splits.count("test"), splits.count("val")) == (4, 2)
+
+
+def test_only_tiles_of_one_sensor_are_near_duplicates():
+    twins = [row(name, phash="0" * 16, sensor=s) for name, s in (("a", "rgb"), ("b", "s1"))]
+    counts = assign([], twins)  # its fetch fails the test where a pair is looked at
+    assert counts["near_duplicates"] == 0
+    assert twins[0]["place"] != twins[1]["place"]
+
+
+def test_recognised_again_in_pixels_of_more_than_8_bits(tmp_path):
+    from ringmo.data.decode import decode
+
+    values = sensed("s2l2a", 3, 96, 96)
+    one = write_bands(tmp_path / "one.tif", values).read_bytes()
+    noise = np.random.default_rng(1).normal(0, 30, values.shape)
+    two = write_bands(tmp_path / "two.tif", (values + noise).astype("int16")).read_bytes()
+    other = write_bands(tmp_path / "other.tif", sensed("s2l2a", 4, 96, 96)).read_bytes()
+    sensor = Config.load(template("params.yaml")).sensors["s2l2a"]
+    hashes = [int(measure(decode(data), None, sensor).phash, 16) for data in (one, two, other)]
+    assert (hashes[0] ^ hashes[1]).bit_count() <= 3
+    assert (hashes[0] ^ hashes[2]).bit_count() > 12
+    assert places.look_alike(one, two)
+    assert not places.look_alike(one, other)
+
+
+def test_measures_of_8_bit_pixels_are_what_they_always_were():
+    """Stores keep these: a change would part what is new from what is there."""
+    colour = measure(pixels(1))
+    assert (colour.mean, colour.std, colour.entropy) == (125.2877, 65.128, 7.518)
+    assert (colour.sharpness, colour.phash) == (287.0741, "d3b4f42033969769")
+    six = measure(np.dstack([pixels(5), pixels(6)]))
+    assert (six.mean, six.std, six.entropy) == (124.3276, 62.0392, 6.521)
+    assert (six.sharpness, six.phash) == (114.6001, "b7fcf2c4f0c70038")
 
 
 def test_measures_know_blank_saturated_and_missing():

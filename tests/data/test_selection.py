@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_imagery import class_folders, encoded, write
+from small_imagery import class_folders, encoded, sensed, write, write_bands
 
 from ringmo import config as params
 from ringmo.config import Config
@@ -113,6 +113,46 @@ def test_no_labels_give_an_empty_task_selection(run, choose, workspace, tmp_path
     run(class_folders(tmp_path / "in"), ingest__labels="none")
     report = choose()
     assert report.figures["labelled"] == len(table(workspace, "scene")) == 0
+
+
+def several_sensors(folder: Any, count: int = 12) -> Any:
+    for i in range(count):
+        for sensor in ("rgb", "s2l2a", "s1"):
+            values = sensed(sensor, 50 * i + len(sensor))
+            write_bands(folder / ("town", "wood")[i % 2] / f"{sensor}_{i}.tif", values, 1000 * i)
+    return folder
+
+
+def test_mix_says_whose_tiles_pretrain_and_tasks_keep_their_sensor(
+    run, choose, workspace, manifest, tmp_path
+):
+    run(several_sensors(tmp_path / "in"))
+    choose()
+    tiles = manifest().set_index("key")
+    assert set(tiles["sensor"][table(workspace, "pretrain")["key"]]) == {"rgb"}
+    scene = table(workspace, "scene")
+    report = choose(pretrain__mix={"rgb": 0.5, "s2l2a": 0.3, "s1": 0.2})
+    seen = table(workspace, "pretrain")
+    assert (seen["split"] != "test").all()
+    assert seen["key"].is_monotonic_increasing
+    expected = tiles[(tiles["split"] != "test")]["sensor"].value_counts().to_dict()
+    assert tiles["sensor"][seen["key"]].value_counts().to_dict() == expected
+    assert {r["sensor"]: r["tiles"] for r in report.tables["sensors"]} == expected
+    assert len(expected) == 3
+    assert table(workspace, "scene").equals(scene)
+    choose(select__sensor="s1")
+    assert set(tiles["sensor"][table(workspace, "scene")["key"]]) == {"s1"}
+
+
+def test_sensor_in_the_mix_without_a_tile_is_bad_input(run, choose, workspace, tmp_path):
+    run(several_sensors(tmp_path / "in"))
+    with pytest.raises(BadInput, match="no tile of sensor `s2l1c` to train on") as error:
+        choose(pretrain__mix={"rgb": 0.5, "s2l1c": 0.5})
+    assert "\n" not in str(error.value)
+    choose(pretrain__mix={"rgb": 1.0})
+    # What is kept has none of a sensor that came into the mix later.
+    with pytest.raises(BadInput, match=r"`s1`.*pretrain\.refresh"):
+        choose(pretrain__mix={"rgb": 0.5, "s1": 0.5}, pretrain__refresh="keep")
 
 
 def test_no_tile_of_the_sensor_is_bad_input(run, choose, workspace, manifest, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_imagery import class_folders, write
+from small_imagery import class_folders, sensed, write, write_bands
 
 from ringmo.config import Config
 from ringmo.data import store
@@ -139,6 +139,44 @@ def test_vanished_class_is_a_refusal_until_it_is_retired(run, workspace, tmp_pat
     params.edit(workspace.params_file, {"validate.retired_classes": []})
     config = Config.load(workspace.params_file)
     assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
+
+
+def test_a_place_seen_by_three_sensors_is_one_sample_of_its_class(run, workspace, tmp_path):
+    from ringmo import config as params
+
+    for i in range(20):
+        for sensor in ("rgb", "s2l2a", "s1"):
+            path = tmp_path / "in" / ("town", "wood")[i % 2] / f"{sensor}_{i}.tif"
+            write_bands(path, sensed(sensor, 50 * i + len(sensor)), 1000 * i)
+    run(tmp_path / "in")
+
+    def judge_now(least: int) -> Any:
+        params.edit(workspace.params_file, {"validate.min_per_class": least})
+        config = Config.load(workspace.params_file)
+        return run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+
+    assert judge_now(10).figures["tiles"] == 60
+    with pytest.raises(AnswerIsNo, match="samples"):
+        judge_now(11)
+    assert broken(workspace) == ["samples"]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_blank_tiles_are_found_in_every_dtype(dtype, run, workspace, tmp_path):
+    import numpy as np
+
+    sensor, level = ("s2l2a", 1500) if dtype == "int16" else ("s1", -22)
+    for i in range(20):
+        values = sensed(sensor, i)
+        if i < 3:  # open water: the bands' levels differ, within a band little does
+            grain = np.random.default_rng(i).normal(0, 0.003, values.shape)
+            values = (level * (1 + 0.1 * np.arange(values.shape[2])) * (1 + grain)).astype(dtype)
+        write_bands(tmp_path / "in" / f"{i}.tif", values, 1000 * i)
+    run(tmp_path / "in")
+    config = Config.load(workspace.params_file)
+    with pytest.raises(AnswerIsNo, match=r"\(blank\): broken by 3"):
+        run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+    assert broken(workspace) == ["blank"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other schema", "other columns"])

@@ -70,3 +70,17 @@ def test_histograms_take_any_number_of_bands() -> None:
     for bands in (1, 2, 4):
         image = np.full((16, 16, bands), 255, np.uint8)
         assert np.isfinite(histogram.describe(image)).all()
+
+
+def test_several_trainings_widen_the_interval_by_their_spread() -> None:
+    random = np.random.default_rng(0)
+    right = (random.random((3, 400)) < np.array([[0.5], [0.6], [0.7]])).astype(float)
+    places = [str(i) for i in range(400)]
+    alike = np.repeat(right.mean(0, keepdims=True), 3, axis=0)
+    single = bootstrap_mean(right.mean(0), places, 2000)
+    both = bootstrap_mean(right, places, 2000)
+    assert both.value == pytest.approx(right.mean()) == single.value
+    assert both.low < single.low - 0.02 and both.high > single.high + 0.02
+    same = bootstrap_mean(alike, places, 2000)
+    assert (same.low, same.high) == pytest.approx((single.low, single.high), abs=0.01)
+    assert bootstrap_mean(right[:1], places, 200) == bootstrap_mean(right[0], places, 200)

@@ -28,15 +28,13 @@ def model(workspace: Workspace, tmp_path: Path) -> str:
 def write_model(workspace: Workspace, folder: Path, classes: list[str] | None = CLASSES) -> Path:
     config = Config.load(workspace.params_file)
     torch.manual_seed(3)
-    trunk = encoder(config.model, 3)
+    trunk = encoder(config.model, {"rgb": 3}, finetuning=bool(classes))
     meta = {
         "kind": "scene" if classes else "encoder",
         "architecture": config.model.model_dump(),
         "image_size": config.model.image_size,
+        "sensors": {"rgb": config.sensors["rgb"].model_dump()},
         "sensor": "rgb",
-        "bands": config.sensors["rgb"].bands,
-        "mean": config.sensors["rgb"].mean,
-        "std": config.sensors["rgb"].std,
         "classes": classes,
         "generated": False,
         "lineage": {},

@@ -74,20 +74,17 @@ def make_model(workspace: Workspace, config: Config) -> MakeModel:
         from ringmo.registry import bundle
 
         torch.manual_seed(seed)
-        trunk = encoder(config.model, 3)
+        trunk = encoder(config.model, {"rgb": 3}, finetuning=kind == "scene")
         scene = kind == "scene"
         model = Classifier(trunk, len(CLASSES)) if scene else trunk
-        sensor = config.sensors["rgb"]
         stage = "finetune@scene" if scene else "pretrain"
         into = folder or workspace.work(stage) / ("model" if scene else "encoder")
         meta = {
             "kind": kind,
             "architecture": config.model.model_dump(),
             "image_size": config.model.image_size,
-            "sensor": "rgb",
-            "bands": sensor.bands,
-            "mean": sensor.mean,
-            "std": sensor.std,
+            "sensors": {"rgb": config.sensors["rgb"].model_dump()},
+            "sensor": "rgb" if scene else None,
             "classes": CLASSES if scene else None,
             "generated": generated,
             "lineage": {

@@ -14,6 +14,23 @@ from ringmo.models.classifier import Classifier
 from ringmo.registry import bundle
 
 SMALL = Model(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+RGB = {
+    "bands": ["red", "green", "blue"],
+    "dtype": "uint8",
+    "mean": [120.0, 110.0, 100.0],
+    "std": [58.0, 57.0, 56.0],
+}
+# Sentinel-2 reflectance, elevation in metres, radar in decibels.
+OTHERS = {
+    "s2": {
+        "bands": ["B2", "B3", "B4", "B8"],
+        "dtype": "uint16",
+        "mean": [1e3] * 4,
+        "std": [500] * 4,
+    },
+    "dem": {"bands": ["height"], "dtype": "int16", "mean": [200.0], "std": [300.0]},
+    "sar": {"bands": ["vv", "vh"], "dtype": "float32", "mean": [-12.0, -19.0], "std": [5.0, 6.0]},
+}
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
 
 
@@ -22,10 +39,8 @@ def meta(kind: str = "scene") -> dict[str, Any]:
         "kind": kind,
         "architecture": SMALL.model_dump(mode="json"),
         "image_size": 32,
-        "sensor": "rgb",
-        "bands": ["red", "green", "blue"],
-        "mean": [120.0, 110.0, 100.0],
-        "std": [58.0, 57.0, 56.0],
+        "sensors": {"rgb": RGB},
+        "sensor": "rgb" if kind == "scene" else None,
         "classes": ["Beach", "Forest", "Port"] if kind == "scene" else None,
         "generated": True,
         "lineage": {"selection": "ab"},
@@ -36,12 +51,12 @@ def meta(kind: str = "scene") -> dict[str, Any]:
 @pytest.fixture
 def scene(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    bundle.write(tmp_path / "model", Classifier(encoder(SMALL, 3), 3), meta(), PICTURE)
+    bundle.write(tmp_path / "model", Classifier(encoder(SMALL, {"rgb": 3}), 3), meta(), PICTURE)
     return tmp_path / "model"
 
 
 def test_loaded_model_answers_as_the_written_one(tmp_path: Path) -> None:
-    model = Classifier(encoder(SMALL, 3), 3)
+    model = Classifier(encoder(SMALL, {"rgb": 3}), 3)
     bundle.write(tmp_path, model, meta(), PICTURE)
     loaded = bundle.load(tmp_path)
     assert all(
@@ -50,7 +65,7 @@ def test_loaded_model_answers_as_the_written_one(tmp_path: Path) -> None:
     )
     loaded.check_example()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 1
+    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 2
 
 
 def test_probabilities_for_images_of_any_size(scene: Path) -> None:
@@ -65,22 +80,118 @@ def test_probabilities_for_images_of_any_size(scene: Path) -> None:
 
 
 def test_image_with_other_bands_is_refused(scene: Path) -> None:
-    for wrong in (PICTURE[:, :, :1], PICTURE[:, :, 0]):
-        with pytest.raises(BadInput, match="shape"):
-            bundle.load(scene).predict([wrong])
+    loaded = bundle.load(scene)
+    for wrong, says in (
+        (PICTURE[:, :, :1], "1 bands, the model reads 3"),
+        (PICTURE[:, :, 0], "2 dimensions"),
+        (PICTURE.astype("u2"), "pixels of uint16, the model reads uint8"),
+        (PICTURE / 255, "pixels of float64, the model reads uint8"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            loaded.predict([wrong])
 
 
 def test_an_encoder_embeds_and_does_not_classify(tmp_path: Path) -> None:
-    bundle.write(tmp_path, encoder(SMALL, 3), meta("encoder"))
+    bundle.write(tmp_path, encoder(SMALL, {"rgb": 3}), meta("encoder"))
     loaded = bundle.load(tmp_path)
     loaded.check_example()
     assert loaded.embed([PICTURE, PICTURE]).shape == (2, 32)
+    assert loaded.embed([]).shape == (0, 32)
     with pytest.raises(BadInput, match="fine-tune"):
         loaded.predict([PICTURE])
 
 
+def pixels(sensor: dict[str, Any], side: int = 40) -> Any:
+    shape = (side, side, len(sensor["bands"]))
+    noise = np.random.default_rng(1).normal(sensor["mean"], sensor["std"], shape)
+    if sensor["dtype"] == "uint16":
+        noise = noise.clip(0)
+    return noise.astype(sensor["dtype"])
+
+
+def test_an_encoder_of_several_sensors_embeds_each_as_its_own(tmp_path: Path) -> None:
+    sensors = {"rgb": RGB, **OTHERS}
+    trunk = encoder(SMALL, {name: len(sensor["bands"]) for name, sensor in sensors.items()})
+    bundle.write(tmp_path, trunk, {**meta("encoder"), "sensors": sensors}, PICTURE)
+    loaded = bundle.load(tmp_path)
+    loaded.check_example()
+    for name, sensor in sensors.items():
+        image = pixels(sensor, 32)
+        got = loaded.embed([image], sensor=name)
+        normal = (image.astype("f4") - np.float32(sensor["mean"])) / np.float32(sensor["std"])
+        with torch.inference_mode():
+            features = trunk(torch.from_numpy(normal).permute(2, 0, 1)[None], name)
+        assert np.allclose(got, features.mean((1, 2)).numpy(), atol=1e-5)
+    with pytest.raises(BadInput, match="name the sensor"):
+        loaded.embed([PICTURE])
+    with pytest.raises(BadInput, match="`lidar` is unknown"):
+        loaded.embed([PICTURE], sensor="lidar")
+    with pytest.raises(BadInput, match="3 bands, the model reads 4"):
+        loaded.embed([PICTURE], sensor="s2")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_16_bits_and_of_floats_come_back_whole(tmp_path: Path, name: str) -> None:
+    sensor = OTHERS[name]
+    model = Classifier(encoder(SMALL, {name: len(sensor["bands"])}), 3)
+    about = {**meta(), "sensors": {name: sensor}, "sensor": name}
+    for example in (None, pixels(sensor)):
+        bundle.write(tmp_path, model, about, example)
+        loaded = bundle.load(tmp_path)
+        loaded.check_example()
+        assert loaded.example[bundle.EXAMPLE_IMAGE].dtype == getattr(torch, str(sensor["dtype"]))
+    answers = loaded.predict([pixels(sensor), pixels(sensor, 32), pixels(sensor, 25)])
+    assert np.allclose(answers.sum(1), 1, atol=1e-5)
+    with pytest.raises(BadInput, match=f"pixels of uint8, the model reads {sensor['dtype']}"):
+        loaded.predict([pixels(sensor).astype("u1")])
+    if name == "sar":
+        holes = pixels(sensor)
+        assert np.allclose(loaded.predict([holes.astype("f8")]), answers[:1], atol=1e-5)
+        holes[3, 4, 1] = np.nan
+        with pytest.raises(BadInput, match="NaN"):
+            loaded.predict([holes])
+
+
+@pytest.mark.parametrize("position", ["relative", "sincos"])
+def test_a_vit_comes_back_whole(tmp_path: Path, position: str) -> None:
+    vit = Model(
+        backbone="vit", image_size=32, patch_size=8, embed_dim=16, depths=[2], num_heads=[2],
+        position=position,  # type: ignore[arg-type]
+    )  # fmt: skip
+    for kind in ("encoder", "scene"):
+        trunk = encoder(vit, {"rgb": 3}, finetuning=kind == "scene")
+        model = Classifier(trunk, 3) if kind == "scene" else trunk
+        about = {**meta(kind), "architecture": vit.model_dump(mode="json")}
+        bundle.write(tmp_path / kind, model, about, PICTURE)
+        bundle.load(tmp_path / kind).check_example()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        ({"embed_dim": 32}, "has another shape"),
+        ({"depths": [1, 2]}, "missing"),
+        ({"depths": [1], "num_heads": [2]}, "no place"),
+        ({"image_size": 16}, "is not of the model"),
+        ({"window_size": 2}, "is not of the model"),
+        ({"stem": "patch"}, "missing"),
+        ({"backbone": "vit", "depths": [2], "num_heads": [2]}, "missing"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(
+    scene: Path, architecture: dict[str, Any], says: str
+) -> None:
+    path = scene / "model.json"
+    about = json.loads(path.read_text())
+    about["architecture"] |= architecture
+    path.write_text(json.dumps(about))
+    with pytest.raises(BadInput, match=says) as refused:
+        bundle.load(scene)
+    assert "\n" not in str(refused.value) and "model.safetensors" in str(refused.value)
+
+
 def test_same_model_same_bytes_and_hash(tmp_path: Path) -> None:
-    model = Classifier(encoder(SMALL, 3), 3)
+    model = Classifier(encoder(SMALL, {"rgb": 3}), 3)
     for name in ("a", "b"):
         bundle.write(tmp_path / name, model, meta(), PICTURE)
     a, b = bundle.load(tmp_path / "a"), bundle.load(tmp_path / "b")
@@ -109,12 +220,17 @@ def test_flipped_bit_is_refused(scene: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema": 2}, "this version reads 1, found 2"),
+        ({"schema": 1}, "this version reads 2, found 1"),
         ({"kind": "segmentation"}, "kind"),
         ({"classes": None}, "classes"),
-        ({"mean": [1.0]}, "mean"),
+        ({"sensors": {"rgb": {**RGB, "mean": [1.0]}}}, "mean"),
+        ({"sensors": {"rgb": {**RGB, "bands": "__import__('os')"}}}, "bands"),
+        ({"sensors": {"rgb": {**RGB, "dtype": "object"}}}, "dtype"),
+        ({"sensors": {}}, "sensors"),
+        ({"sensor": "s2"}, "sensor"),
+        ({"sensor": None}, "sensor"),
+        ({"example": {}}, "example"),
         ({"architecture": {"depths": [1], "num_heads": [3]}}, "architecture"),
-        ({"bands": "__import__('os')"}, "bands"),
     ],
 )
 def test_model_json_that_makes_no_sense_is_refused_in_one_line(

@@ -52,7 +52,8 @@ def test_arrays_paths_bytes_and_tables_give_the_same_answers(
         (pd.DataFrame({"file": ["x"]}), "column `image`"),
         (["missing.png"], "missing.png"),
         ([b"not an image"], "not an image"),
-        (np.zeros((2, 8, 8, 3)), "uint8"),
+        (np.zeros((2, 8, 8, 3)), "image 0: pixels of float64, the model reads uint8"),
+        ([np.zeros((8, 8), np.uint8)], "2 dimensions"),
         ([np.zeros((8, 8, 4), np.uint8)], "reads"),
     ],
 )
@@ -61,6 +62,12 @@ def test_what_is_no_image_is_refused_in_one_line(make_model: Any, given: Any, sa
     with pytest.raises(BadInput, match=says) as caught:
         model.predict(given)
     assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_has_no_classes_to_answer_with(make_model: Any) -> None:
+    model = pyfunc._load_pyfunc(str(make_model(kind="encoder")))
+    with pytest.raises(BadInput, match="encoder"):
+        model.predict(picture(1))
 
 
 @pytest.mark.slow

@@ -60,9 +60,9 @@ def main() -> None:
     runs = workspace.state / "runs"
     while killed < kills:
         child = start(workspace)
-        earliest = time.monotonic() + dice.uniform(0.05, 0.9)
+        earliest = time.monotonic() + dice.uniform(0.05, 1.8)
         if killed % 3 == 0:
-            alive = wait(child, earliest, []) and wait(child, earliest + 2, [runs])
+            alive = wait(child, earliest, []) and wait(child, earliest + 20, [runs])
         else:
             alive = wait(child, earliest, [])
         if not alive:

@@ -14,6 +14,7 @@ import torch
 
 from ringmo import config
 from ringmo.config import Config
+from ringmo.errors import BadInput
 from ringmo.stage import run_stage
 from ringmo.training import checkpoint, engine
 from ringmo.training.finetune import finetune
@@ -60,8 +61,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException)
     """Make the training die in the middle of an epoch, after its checkpoint at this step."""
     save = engine.Trainer.save_if_due
 
-    def dying(trainer: engine.Trainer) -> None:
-        save(trainer)
+    def dying(trainer: engine.Trainer, *given: Any, **named: Any) -> None:
+        save(trainer, *given, **named)
         if trainer.step == step:
             raise error
 
@@ -104,7 +105,7 @@ def test_resumed_training_ends_in_the_same_bytes(
             run_stage(filled, stage, run)
         (folder,) = (filled.state / "runs").glob(f"{stage.replace('@', '-')}-*/checkpoints")
         assert checkpoint.found(folder)[0].name == f"step-{step:08d}.safetensors"
-        assert len(checkpoint.found(folder)) == min(step, 2)
+        assert len(checkpoint.found(folder)) == 2
         run_stage(filled, stage, run)
     assert weights(filled) == whole
     resumed = figures(filled, PRETRAIN)
@@ -165,7 +166,10 @@ def test_sigterm_saves_and_exits_143(filled: Any, monkeypatch: pytest.MonkeyPatc
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     (folder,) = (filled.state / "runs").glob("pretrain-*/checkpoints")
-    assert [path.name for path in folder.iterdir()] == ["step-00000002.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-00000000.safetensors",
+        "step-00000002.safetensors",
+    ]
     assert not filled.work(PRETRAIN).exists()
 
 
@@ -189,15 +193,40 @@ def test_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     optimizer.step()
     best = {"a": torch.arange(4)}
     checkpoint.write(tmp_path, 1, model, optimizer, {"best": 0.5}, best)
-    read = checkpoint.restore(tmp_path, twin, other)
+    read = checkpoint.read(tmp_path)
     assert read is not None and read.step == 1 and read.state == {"best": 0.5}
-    assert torch.equal(read.tensors["a"], best["a"])
+    assert torch.equal(read.part(checkpoint.EXTRA)["a"], best["a"])
+    read.into(twin, other, tmp_path)
     assert torch.equal(model.weight, twin.weight)
     for ours, theirs in zip(
         optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True
     ):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert checkpoint.restore(tmp_path / "none", twin, other) is None
+    assert checkpoint.read(tmp_path / "none") is None
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, best in ((1, True), (2, True), (3, False), (4, False)):
+        checkpoint.write(tmp_path, step, model, optimizer, {}, {}, best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best-00000002.safetensors",
+        "step-00000003.safetensors",
+        "step-00000004.safetensors",
+    ]
+
+
+def test_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    model, wider = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.write(tmp_path, 1, model, optimizer, {}, {})
+    read, before = checkpoint.read(tmp_path), wider.weight.clone()
+    assert read is not None
+    said = r"weight weight is of shape \(2, 3\), the model's of shape \(2, 4\): .* another arch"
+    with pytest.raises(BadInput, match=said):
+        read.into(wider, torch.optim.AdamW(wider.parameters()), tmp_path)
+    assert torch.equal(wider.weight, before)
 
 
 @pytest.mark.slow

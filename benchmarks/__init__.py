@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `make bench`. What is measured and how: see __main__.py."""

@@ -1,0 +1,37 @@
+"""What is shown of a tile: its colours, whatever the sensor."""
+
+import numpy as np
+
+from ringmo.config import Sensor
+from ringmo.evaluation.pictures import visible
+
+S2 = ["B01", "B02", "B03", "B04", "B08"]
+
+
+def sensor(bands: list[str], dtype: str) -> Sensor:
+    ones = [1.0] * len(bands)
+    return Sensor.model_validate({"bands": bands, "dtype": dtype, "mean": ones, "std": ones})
+
+
+def test_bytes_are_shown_as_they_are() -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    assert (visible(tile, sensor(["red", "green", "blue"], "uint8")) == tile).all()
+
+
+def test_colours_are_found_by_their_bands_names() -> None:
+    tile = np.zeros((10, 10, 5), np.int16)
+    tile[:5, :, 3] = 3000  # red above
+    tile[:, :5, 1] = 500  # blue on the left
+    shown = visible(tile, sensor(S2, "int16"))
+    assert shown.shape == (10, 10, 3)
+    assert (shown[:5, :, 0] == 255).all() and (shown[5:, :, 0] == 0).all()
+    assert (shown[:, :5, 2] == 255).all() and (shown[:, 5:, 2] == 0).all()
+    assert not shown[:, :, 1].any()
+
+
+def test_a_reconstruction_is_stretched_as_its_original() -> None:
+    original = np.linspace(-20, 0, 100, dtype=np.float32).reshape(10, 10, 1)
+    radar = sensor(["VV"], "float32")
+    assert np.ptp(visible(original, radar)) == 255
+    flat = visible(np.full_like(original, -10), radar, original)
+    assert flat.shape == (10, 10, 1) and np.unique(flat).tolist() == [128]
