@@ -255,7 +255,9 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         ("Validation", f"{'passed' if checked['ok'] else 'FAILED'}, {checked['rules']} rules")
     )
-    rows.append(("Pre-training loss", str(pretrain.get("val_loss", pretrain.get("loss", "-")))))
+    losses = (pretrain.get("val_loss"), pretrain.get("train_loss"))
+    loss = next((str(loss) for loss in losses if loss is not None), "-")
+    rows.append(("Pre-training loss", loss))
     for task, figures in result["tasks"].items():
         if task != "encoder":
             rows += [

@@ -90,9 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--set",
             metavar="KEY=VALUE",
-            action="append",
+            action="extend",
+            nargs="+",
             default=[],
-            help="set a value of params.yaml",
+            help="set values of params.yaml",
         )
 
     run = verb("run", _run, "run the whole chain: new imagery in, the better model in production")

@@ -34,4 +34,4 @@ def test_a_reconstruction_is_stretched_as_its_original() -> None:
     radar = sensor(["VV"], "float32")
     assert np.ptp(visible(original, radar)) == 255
     flat = visible(np.full_like(original, -10), radar, original)
-    assert flat.shape == (10, 10, 1) and np.unique(flat).tolist() == [128]
+    assert flat.shape == (10, 10, 1) and np.ptp(flat) == 0 and 127 <= flat.flat[0] <= 128
