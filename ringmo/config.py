@@ -185,6 +185,10 @@ class Finetune(Training):
     layer_decay: Ratio = 1.0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    random_erasing: Share = 0.0
+    rand_augment: float = Field(0.0, ge=0, le=10)
+    test_resize: Positive | None = None
 
     def sized(self, model: Model) -> Model:
         """An encoder's architecture at the sizes of fine-tuning.
@@ -322,7 +326,18 @@ class Config(Section):
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
-            self.finetune[task].sized(self.model)
+            settings, size = self.finetune[task], self.finetune[task].sized(self.model).image_size
+            if settings.test_resize is not None and settings.test_resize < size:
+                raise ValueError(
+                    f"finetune.{task}.test_resize: {settings.test_resize} is less than the "
+                    f"{size} pixels that are cut from it"
+                )
+            sensor = self.sensors[self.select.sensor]
+            if settings.rand_augment and (len(sensor.bands), sensor.dtype) != (3, "uint8"):
+                raise ValueError(
+                    f"finetune.{task}.rand_augment: is for 8-bit colours, `{self.select.sensor}` "
+                    f"has {len(sensor.bands)} bands of {sensor.dtype}: set 0"
+                )
         method = self.pretrain.method
         if method == "mae" and (self.model.backbone, self.model.position) != ("vit", "sincos"):
             raise ValueError(

@@ -425,7 +425,7 @@ class _Comparison:
         order = np.arange(len(tiles))
         answers = [
             bundle.answer(model, batch.images.to(self.device), meta, self.sensor).cpu().numpy()
-            for batch in tiles.batches(order, BATCH, meta["image_size"])
+            for batch in tiles.batches(order, BATCH, bundle.read_size(meta))
         ]
         return np.concatenate(answers) if answers else np.zeros((0, 1), np.float32)
 

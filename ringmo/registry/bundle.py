@@ -54,6 +54,7 @@ class Meta(BaseModel):
     kind: Literal["encoder", "scene"]
     architecture: Model
     image_size: int = Field(ge=1)
+    resize: int | None = Field(None, ge=1)
     sensors: dict[str, Sensor] = Field(min_length=1)
     sensor: str | None = None
     example: Example
@@ -129,7 +130,7 @@ class Bundle:
             for image in chunk:
                 if reason := unfit(image, self.meta["sensors"][sensor]):
                     raise BadInput(f"an image of shape {image.shape}: {reason}")
-            small = torch.stack([square(image, self.meta["image_size"]) for image in chunk])
+            small = torch.stack([square(image, read_size(self.meta)) for image in chunk])
             answers.append(answer(model or self.model, small.to(self.device), self.meta, sensor))
         if not answers:
             wide = len(self.meta["classes"] or []) if model is None else model.num_features
@@ -159,14 +160,26 @@ def answer(
     """A classifier's probabilities (B, classes), or an encoder's features (B, C).
 
     Args:
-        images: (B, bands, size, size), not normalised.
-        meta: only `sensors` is read. sensor: may be left out where there is one.
+        images: (B, bands, S, S), not normalised, S as `read_size` says.
+        meta: `sensors` and the sizes are read. sensor: may be left out where there is one.
     """
     sensor = one_of(meta["sensors"], sensor)
     measures = meta["sensors"][sensor]
+    images = middle(images, meta["image_size"])
     normal = normalise(images, measures["mean"], measures["std"])
     output: Tensor = model(normal) if isinstance(model, Classifier) else model(normal, sensor)
     return output.float().softmax(-1) if output.ndim == 2 else output.float().mean(dim=(1, 2))
+
+
+def read_size(meta: Mapping[str, Any]) -> int:
+    """To how many pixels a tile is scaled; the model reads the middle `image_size` of them."""
+    return int(meta.get("resize") or meta["image_size"])
+
+
+def middle(images: Tensor, size: int) -> Tensor:
+    """The middle size × size pixels of square images (B, C, S, S)."""
+    edge = (images.shape[-1] - size) // 2
+    return images[:, :, edge : edge + size, edge : edge + size]
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -192,8 +205,8 @@ def write(
     device = next(model.parameters()).device
     sensor = next(iter(meta["sensors"]))
     if example is None:
-        example = _noise(meta["sensors"][sensor], meta["image_size"])
-    small = square(example, meta["image_size"])
+        example = _noise(meta["sensors"][sensor], read_size(meta))
+    small = square(example, read_size(meta))
     model.eval()
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     tensors[EXAMPLE_IMAGE] = small

@@ -1,4 +1,4 @@
-"""Random crops, flips and quarter turns of a whole batch at once, on the training device.
+"""Random crops, turns, mixtures and holes of a whole batch at once, on the training device.
 
 An aerial view has no up: all eight turns and mirrors of a tile are as good as the tile.
 """
@@ -44,3 +44,72 @@ def cut(images: Tensor, where: Tensor, size: int) -> Tensor:
     return torch.nn.functional.grid_sample(
         images.float(), grid, padding_mode="reflection", align_corners=False
     )
+
+
+def mixed(
+    images: Tensor, answers: Tensor, mixup: float, cutmix: float, random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image mixed with its neighbour, or a box of it in its place; answers likewise.
+
+    One draw for the whole batch; where both are wanted, one of them with equal chances. The order
+    of a batch is random, and pairs stay on one rank where its share is even (an odd one leaves its
+    last image as it is).
+
+    Args:
+        images: (B, C, H, W). answers: (B, classes), shares. mixup, cutmix: parameters of the beta
+            distributions; 0: never.
+
+    Source: Zhang et al., ICLR 2018; Yun et al., ICCV 2019; their choice by batch as in timm.
+    """
+    boxes = cutmix > 0 and (not mixup or random.random() < 0.5)
+    strength = cutmix if boxes else mixup
+    if not strength:
+        return images, answers
+    share = float(random.beta(strength, strength))
+    partner = torch.arange(len(images), device=images.device)
+    partner = (partner ^ 1).clamp(max=len(images) - 1)
+    if boxes:
+        height, width = images.shape[2:]
+        top, bottom = _within(height, 1 - share, random)
+        left, right = _within(width, 1 - share, random)
+        place = (..., slice(top, bottom), slice(left, right))
+        images = images.clone()
+        images[place] = images[place][partner]  # indexed: a copy
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        images = share * images + (1 - share) * images[partner]
+    return images, share * answers + (1 - share) * answers[partner]
+
+
+def _within(side: int, area: float, random: np.random.Generator) -> tuple[int, int]:
+    """One side of a box of this share of the area about a random middle, cut at the image's."""
+    middle, half = int(random.integers(side)), int(side * area**0.5) // 2
+    return max(0, middle - half), min(side, middle + half)
+
+
+HOLE_AREA, HOLE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+
+def holes(count: int, chance: float, random: np.random.Generator) -> Tensor:
+    """Where `count` images are erased: float32 (count, 4), left, top, right, bottom, 0 to 1.
+
+    An image without a hole has one of no size.
+
+    Source: random erasing (Zhong et al., AAAI 2020), with timm's areas and aspects.
+    """
+    area = random.uniform(*HOLE_AREA, count)
+    aspect = np.exp(random.uniform(np.log(HOLE_ASPECT[0]), np.log(HOLE_ASPECT[1]), count))
+    size = np.minimum(np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1), 1)
+    size[random.random(count) >= chance] = 0
+    corner = random.random((count, 2)) * (1 - size)
+    return torch.from_numpy(np.concatenate([corner, corner + size], 1).astype(np.float32))
+
+
+def erased(images: Tensor, where: Tensor, noise: Tensor) -> Tensor:
+    """Normalised images (B, C, H, W) with `noise` of that shape in their `holes` (B, 4)."""
+    height, width = images.shape[2:]
+    x = (torch.arange(width, device=images.device) + 0.5) / width
+    y = (torch.arange(height, device=images.device) + 0.5) / height
+    left, top, right, bottom = where[:, :, None].unbind(1)
+    inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
+    return torch.where(inside[:, None], noise, images)

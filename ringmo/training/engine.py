@@ -54,7 +54,7 @@ LOWER = 0.5  # times the rate, from there on
 # More tiles than this share smaller than half the image would mean training on enlargements.
 SMALL_SHARE = 0.1
 
-CROPS, MIX, PATHS, MASKS = range(4)  # what a step's random numbers are for
+CROPS, MIX, PATHS, MASKS, CHANGES, HOLES, NOISE = range(7)  # what a step's random numbers are for
 
 
 def file_hash(path: Path) -> str:
@@ -305,13 +305,17 @@ class Trainer:
         where = crops(self.settings.batch_size, self.settings.crop_scale, self.random(CROPS))
         return cut(batch.images, self.machine.upload(where[batch.part]), self.image_size)
 
-    def masks(self, batch: MicroBatch, draw: Callable[..., Tensor]) -> Tensor:
-        """`draw(count, generator, device)` for this part of the global batch: bool (n, 1, H, W)."""
+    def drawn(self, purpose: int, batch: MicroBatch, draw: Callable[..., Tensor]) -> Tensor:
+        """This part of what is drawn for the global batch on the device, an image a row.
+
+        Args:
+            draw: draw(count, generator=…, device=…) → (count, …).
+        """
         part, size = batch.part, self.settings.batch_size
         start = part.start // RUN * RUN
         runs = []
         for first in range(start, part.stop, RUN):
-            seed = np.random.SeedSequence((self.settings.seed, self.step, MASKS, first))
+            seed = np.random.SeedSequence((self.settings.seed, self.step, purpose, first))
             self._generator.manual_seed(int(seed.generate_state(1)[0]))
             count = min(RUN, size - first)
             runs.append(draw(count, generator=self._generator, device=self.machine.device))

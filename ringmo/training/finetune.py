@@ -1,12 +1,13 @@
 """Fine-tuning for scene classification, from the pre-trained encoder or from scratch.
 
-    tiles → random crops, turns, perhaps mixed in pairs → classifier → smoothed cross-entropy
+    tiles → random crops, turns, perhaps more → classifier → smoothed cross-entropy
 
 The recipe is the same with and without the encoder, so that the difference is the encoder's. The
 model of the best epoch by validation accuracy is kept, the later one of equals.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from ringmo.models.classifier import Classifier
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
 from ringmo.training import engine
+from ringmo.training.augmentation import erased, holes, mixed
 from ringmo.training.engine import Normal, Trainer
 from ringmo.training.machine import Machine
+from ringmo.training.rand_augment import changes, rand_augment
 from ringmo.workspace import Workspace
 
 
@@ -118,16 +121,7 @@ def finetune(
 
     answers = torch.nn.functional.one_hot(torch.from_numpy(_numbers(train, classes))).float()
     for batch in trainer.batches():
-        images = normal(trainer.augmented(batch))
-        wanted = machine.upload(answers[batch.rows])
-        if settings.mixup:
-            # Each image with its neighbour: the order is random, and pairs stay on one rank where
-            # its share is even (an odd one leaves its last image unmixed).
-            partner = torch.arange(len(images), device=machine.device)
-            partner = (partner ^ 1).clamp(max=len(images) - 1)
-            share = float(trainer.random(engine.MIX).beta(settings.mixup, settings.mixup))
-            images = share * images + (1 - share) * images[partner]
-            wanted = share * wanted + (1 - share) * wanted[partner]
+        images, wanted = augmented(trainer, batch, normal, answers)
         logits = trainer.model(images)
         loss = torch.nn.functional.cross_entropy(
             logits.float(), wanted, label_smoothing=settings.label_smoothing
@@ -156,6 +150,7 @@ def finetune(
         "kind": "scene",
         "architecture": architecture.model_dump(mode="json"),
         "image_size": size,
+        "resize": settings.test_resize or size,
         "sensors": params["sensors"],
         "sensor": name,
         "classes": classes,
@@ -173,6 +168,33 @@ def finetune(
     machine.leave()
     run_dir = str(trainer.run_dir.relative_to(workspace.root))
     return Report(stage, figures=figures, notes=notes, run_dir=run_dir)
+
+
+def augmented(
+    trainer: Trainer, batch: engine.MicroBatch, normal: Normal, answers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A batch as it is learnt: images, normalised, and the shares of the classes they show.
+
+    Args:
+        answers: (tiles, classes), on the CPU.
+    """
+    settings, upload = trainer.settings, trainer.machine.upload
+    assert isinstance(settings, configuration.Finetune)
+    size, images = settings.batch_size, trainer.augmented(batch)
+    if settings.rand_augment:
+        chosen = changes(size, settings.rand_augment, trainer.random(engine.CHANGES))
+        images = rand_augment(images, chosen[batch.part], upload)
+    images = normal(images)
+    if settings.random_erasing:
+        where = holes(size, settings.random_erasing, trainer.random(engine.HOLES))[batch.part]
+
+        def noise(count: int, **on: Any) -> Tensor:
+            return torch.randn(count, *images.shape[1:], **on)
+
+        images = erased(images, upload(where), trainer.drawn(engine.NOISE, batch, noise))
+    random = trainer.random(engine.MIX)
+    wanted = upload(answers[batch.rows])
+    return mixed(images, wanted, settings.mixup, settings.cutmix, random)
 
 
 def _sensor_of(
@@ -214,12 +236,15 @@ def _numbers(tiles: SelectedTiles, classes: list[str]) -> NDArray[np.int64]:
 def _accuracy(
     trainer: Trainer, model: Classifier, tiles: SelectedTiles, classes: list[str], normal: Normal
 ) -> float:
-    """Share of tiles, uncropped, whose likeliest class is theirs."""
+    """Share of tiles, as they are answered for later, whose likeliest class is theirs."""
     truth, right = _numbers(tiles, classes), 0
+    settings = trainer.settings
+    assert isinstance(settings, configuration.Finetune)
     model.eval()
-    for images, rows in trainer.validation(tiles, trainer.image_size):
+    for images, rows in trainer.validation(tiles, settings.test_resize or trainer.image_size):
         with trainer.machine.autocast():
-            predicted = model(normal(images)).argmax(1).cpu().numpy()
+            shown = normal(bundle.middle(images, trainer.image_size))
+            predicted = model(shown).argmax(1).cpu().numpy()
         right += int((predicted == truth[rows]).sum())
     model.train()
     return trainer.machine.total(right)[0] / len(tiles)

@@ -99,7 +99,7 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
 
     for batch in trainer.batches():
         images = normal[batch.sensor](trainer.augmented(batch))
-        mask = trainer.masks(batch, model.masks)
+        mask = trainer.drawn(engine.MASKS, batch, model.masks)
         loss = trainer.model(images, mask, batch.sensor)
         trainer.update(loss, batch)
         val_loss = None

@@ -18,6 +18,7 @@ from tiny import TINY
 
 from ringmo import config
 from ringmo.cli import main
+from ringmo.registry import bundle
 from ringmo.training import checkpoint
 from ringmo.workspace import Workspace, init
 
@@ -79,6 +80,31 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
         torch.testing.assert_close(double[mean], single[mean], rtol=0, atol=5e-3)
         counted = name.replace("running_var", "num_batches_tracked")
         assert double[counted] == single[counted] == 42
+
+
+def test_two_ranks_mix_and_erase_what_one_would(tmp_path: Path) -> None:
+    values = {
+        "finetune__scene__epochs": 4,
+        "finetune__scene__mixup": 0.8,
+        "finetune__scene__cutmix": 1.0,
+        "finetune__scene__random_erasing": 0.5,
+        "finetune__scene__rand_augment": 9.0,
+        "finetune__scene__test_resize": 40,
+    }
+    one = filled(tmp_path / "one", **values)
+    two = filled(tmp_path / "two", **values, hardware__devices=2, hardware__accelerator="cpu")
+    command = ["finetune", "scene", "--from-scratch", "--workspace"]
+    done = run(*command, str(two.root))
+    assert done.returncode == 0, done.stderr
+    assert main([*command, str(one.root)]) == 0
+    for name in ("train/loss", "val/accuracy"):
+        single, double = losses(one, name), losses(two, name)
+        assert len(single) >= 4
+        np.testing.assert_allclose(double, single, rtol=1e-3)
+    trained = bundle.load(one.work("scratch@scene") / "model")
+    assert (trained.meta["image_size"], trained.meta["resize"]) == (32, 40)
+    trained.check_example()
+    assert trained.example["example.image"].shape[-1] == 40
 
 
 def test_sigterm_saves_one_step_on_all_ranks_within_ten_seconds(tmp_path: Path) -> None:
