@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     def settings_arguments(added: argparse.ArgumentParser) -> None:
         added.add_argument(
-            "--data", metavar="PATH", help="folder of imagery; class folders give labels"
+            "--data",
+            metavar="PATH",
+            help="folder of imagery (class folders give labels), or a list",
         )
         added.add_argument(
             "--recipe", metavar="NAME", help="write a named set of values to params.yaml"
@@ -122,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="the data's versions", description="The data's versions.")
     data_verbs = data.add_subparsers(dest="data_verb", metavar="COMMAND", required=True)
     verb("versions", _data_versions, "list data versions with tiles and classes", data_verbs)
+
+    diff = verb("diff", _data_diff, "what one data version has and another has not", data_verbs)
+    diff.add_argument("a", metavar="A", help="a version, or its first digits; e.g. latest~1")
+    diff.add_argument("b", metavar="B", nargs="?", default="latest", help="default: latest")
 
     compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
     settings_arguments(compare)
@@ -203,8 +209,8 @@ def _source(text: str) -> str:
     if text == "generated":
         return text
     folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise BadInput(f"{text}: no such folder; --data takes a folder of images")
+    if not folder.exists():
+        raise BadInput(f"{text}: no such folder; --data takes a folder of images, or a list")
     return str(folder.resolve())
 
 
@@ -393,6 +399,28 @@ def _data_versions(arguments: Arguments) -> None:
         [name.replace("_", " ") for name in names],
     )
     console.result({"versions": rows}, text if rows else "No data version yet. Next: ringmo ingest")
+
+
+def _data_diff(arguments: Arguments) -> None:
+    from ringmo.data import versions
+
+    _, workspace = _open(arguments)
+    found = versions.diff(workspace, arguments.a, arguments.b)
+
+    def said(counts: dict[str, int]) -> str:
+        return ", ".join(f"{count} {what}" for what, count in counts.items())
+
+    parts = [
+        console.table(
+            [(name, str(found[name])) for name in ("from", "to")]
+            + [(name, said(found[name])) for name in ("tiles", "places")]
+        )
+    ]
+    for name, one in (("classes", "class"), ("sensors", "sensor")):
+        rows = [(what, counts["added"], counts["removed"]) for what, counts in found[name].items()]
+        if rows:
+            parts.append(console.table(rows, (one, "added", "removed")))
+    console.result(found, "\n\n".join(parts))
 
 
 def _compare(arguments: Arguments) -> None:

@@ -176,10 +176,11 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
 
             folder = generated.make(workspace.state / "generated")
         elif "://" in source:
-            raise BadInput(f"{source}: ingest reads folders; copy it to one first")
+            raise BadInput(f"{source}: ingest reads folders and lists; copy it to a folder first")
         else:
             folder = workspace.root / Path(source).expanduser()
-        listing = list_images(source, folder, config.ingest.labels)
+        patterns = (config.ingest.include, config.ingest.exclude) if source != GENERATED else ()
+        listing = list_images(source, folder, config.ingest.labels, *patterns)
         images += listing.images
         other_files += listing.other_files
         report.notes += listing.notes

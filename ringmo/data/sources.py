@@ -1,12 +1,17 @@
-"""Folders of imagery: which files are images, and which class their folder says they are.
+"""Folders and lists of imagery: which files are images, and which class they are of.
+
+A list is a text file with a path a line, absolute or below the list's folder, and after a tab
+perhaps a class; without one the folder says it, as in a folder of imagery.
 
 A folder named `unlabelled` anywhere in a source holds images that no class is claimed for, beside
 labelled ones: its images never get a label.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import translate
 from pathlib import Path, PurePosixPath
 
 from ringmo.data import decode
@@ -50,50 +55,119 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
-def list_images(root: str, folder: Path, labels: str) -> Listing:
-    """Images below `folder` in order of their paths; links are not followed.
+# A file of a source: its path below it, itself, and the class that a list gives it.
+Found = tuple[str, Path, str | None]
+
+
+def list_images(
+    root: str,
+    source: Path,
+    labels: str,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Listing:
+    """Images of a source in order of their paths; links are not followed.
 
     Args:
         root: the source's name in params.yaml.
-        labels: `auto` (the parent folder's name, if images lie in two or more) or `none`.
+        source: a folder, or a list of files.
+        labels: `auto` (a list's, or the parent folder's name, if images lie in two or more) or
+            `none`.
+        include, exclude: patterns with *, ? and [] for paths below the source, or for the names
+            of files; a file is taken if one of the first and none of the second fits.
 
     Raises:
-        BadInput: no such folder, or no image in it.
+        BadInput: no such folder or list, a list that is no text, or no image in it.
     """
-    if not folder.exists():
-        raise BadInput(f"{folder}: no such folder: mend ingest.sources in params.yaml, or --data")
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is a file: ingest.sources names folders with images")
+    if not source.exists():
+        raise BadInput(f"{source}: no such folder: mend ingest.sources in params.yaml, or --data")
     listing = Listing()
-    links = 0
-    found: list[tuple[str, Path, os.stat_result]] = []
-    for file in _files(folder):
-        if file.is_symlink():
+    wanted = _chosen(include, exclude)
+    found: list[Found] = []
+    links = left_out = 0
+    by_list = source.is_file()
+    for path, file, label in _listed(source) if by_list else _below(source):
+        if not wanted(path):
+            left_out += 1
+        elif by_list:
+            found.append((path, file, label))
+        elif file.is_symlink():
             links += 1
         elif _may_be_image(file):
-            found.append((file.relative_to(folder).as_posix(), file, file.stat()))
+            found.append((path, file, label))
         else:
             listing.other_files += 1
     if links:
         listing.other_files += links
-        listing.notes.append(f"{folder}: {links} links left out: links are not followed")
-
-    masks = {path for path, *_ in found if _is_mask(folder, path)}
+        listing.notes.append(f"{source}: {links} links left out: links are not followed")
+    if left_out:
+        listing.other_files += left_out
+        listing.notes.append(
+            f"{source}: {left_out} files left out: see ingest.include and ingest.exclude"
+        )
+    masks = set() if by_list else {path for path, *_ in found if _is_mask(source, path)}
     if masks:
         listing.other_files += len(masks)
-        listing.notes.append(f"{folder}: {len(masks)} masks left out: they are labels, not imagery")
-    paths = [path for path, *_ in found if path not in masks]
-    if not paths:
-        raise BadInput(f"{folder}: no image (JPEG, PNG or TIFF) in it")
-    classes, why_none = _classes(paths) if labels == "auto" else ({}, None)
-    if why_none:
-        listing.notes.append(f"{folder}: no labels: {why_none}")
-    for path, file, stat in found:
-        if path not in masks:
-            listing.images.append(
-                Image(root, path, file, stat.st_size, stat.st_mtime_ns, classes.get(path))
-            )
+        listing.notes.append(f"{source}: {len(masks)} masks left out: they are labels, not imagery")
+    found = [one for one in found if one[0] not in masks]
+    if not found:
+        but = f" that is wanted ({left_out} are left out)" if left_out else ""
+        raise BadInput(f"{source}: no image (JPEG, PNG or TIFF) in it{but}")
+    classes: dict[str, str] = {}
+    if labels == "auto":
+        classes = {path: label for path, _, label in found if label is not None}
+        if not classes:
+            classes, why_none = _classes([path for path, *_ in found])
+            if why_none:
+                listing.notes.append(f"{source}: no labels: {why_none}")
+    listing.images = [_image(root, path, file, classes.get(path)) for path, file, _ in found]
     return listing
+
+
+def _image(root: str, path: str, file: Path, label: str | None) -> Image:
+    try:
+        stat = file.stat()
+    except OSError:  # a list may name what is not there: reading it says so
+        return Image(root, path, file, -1, 0, label)
+    return Image(root, path, file, stat.st_size, stat.st_mtime_ns, label)
+
+
+def _chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    wanted, unwanted = (
+        re.compile("|".join(map(translate, patterns)) or r"(?!)") for patterns in (include, exclude)
+    )
+
+    def chosen(path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return any(map(wanted.match, (path, name))) and not any(map(unwanted.match, (path, name)))
+
+    return chosen
+
+
+def _below(folder: Path) -> Iterator[Found]:
+    for file in _files(folder):
+        yield file.relative_to(folder).as_posix(), file, None
+
+
+def _listed(file: Path) -> list[Found]:
+    """The files that a list names, each once, by path."""
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise BadInput(
+            f"{file} is no list of images: ingest.sources names folders, and text files with a "
+            f"path a line"
+        ) from None
+    found: dict[str, Found] = {}
+    for line in lines:
+        name, _, label = line.partition("\t")
+        if not name.strip() or name.startswith("#"):
+            continue
+        image = Path(os.path.normpath(file.parent / Path(name.strip()).expanduser()))
+        inside = image.is_relative_to(file.parent)
+        path = image.relative_to(file.parent if inside else image.anchor).as_posix()
+        found.setdefault(path, (path, image, label.strip() or None))
+    return sorted(found.values())
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -23,6 +23,7 @@ from ringmo.stage import REVISIONS
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
+    import pandas
     from dvc.repo import Repo
 
 REMOTE = "main"
@@ -116,6 +117,82 @@ def versions(workspace: Workspace) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def diff(workspace: Workspace, a: str, b: str) -> dict[str, Any]:
+    """What data version `b` has and `a` has not, and the other way round.
+
+    Args:
+        a, b: versions as `versions` lists them, or enough of their first digits; `latest`, and
+            `latest~1` for the one before it.
+
+    Returns:
+        from, to: the versions. tiles: {added, removed, relabelled}. classes, sensors: name →
+        {added, removed}, in tiles; a relabelled tile leaves one class and enters another. places:
+        {added, removed}, those that are wholly new or gone.
+
+    Raises:
+        BadInput: no such version, or one whose manifest is no longer here.
+    """
+    import pandas as pd
+
+    known = versions(workspace)
+    rows = [_version(known, name) for name in (a, b)]
+    old, new = (_manifest_of(workspace, row).set_index("key") for row in rows)
+    both = old.index.intersection(new.index)
+    gone, come = old.loc[old.index.difference(both)], new.loc[new.index.difference(both)]
+
+    labels = [frame.loc[both, "label"].fillna("") for frame in (old, new)]
+
+    def counts(column: str) -> dict[str, dict[str, int]]:
+        sides = {"added": come[column].value_counts(), "removed": gone[column].value_counts()}
+        if column == "label":
+            changed = labels[0] != labels[1]
+            for side, own in (("removed", labels[0]), ("added", labels[1])):
+                more = own[changed & (own != "")].value_counts()
+                sides[side] = sides[side].add(more, fill_value=0).astype(int)
+        table = pd.DataFrame(sides).fillna(0).astype(int).sort_index()
+        return {
+            str(name): {"added": int(row["added"]), "removed": int(row["removed"])}
+            for name, row in table.iterrows()
+        }
+
+    places = [set(frame["place"]) for frame in (old, new)]
+    return {
+        "from": rows[0]["version"],
+        "to": rows[1]["version"],
+        "tiles": {
+            "added": len(come),
+            "removed": len(gone),
+            "relabelled": int((labels[0] != labels[1]).sum()),
+        },
+        "classes": counts("label"),
+        "sensors": counts("sensor"),
+        "places": {"added": len(places[1] - places[0]), "removed": len(places[0] - places[1])},
+    }
+
+
+def _version(known: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The row of a version's name, of its first digits, or of `latest~N`."""
+    latest, _, back = name.partition("~")
+    if latest == "latest" and (back or "0").isdecimal():
+        if int(back or 0) < len(known):
+            return known[-1 - int(back or 0)]
+        raise BadInput(f"{name}: there are {len(known)} versions: see `ringmo data versions`")
+    found = [row for row in known if row["version"].startswith(name)]
+    if len(found) != 1:
+        what = "several versions begin so" if found else "no such version"
+        raise BadInput(f"{name}: {what}: see `ringmo data versions`")
+    return found[0]
+
+
+def _manifest_of(workspace: Workspace, row: dict[str, Any]) -> "pandas.DataFrame":
+    """The manifest of a version, from the store or from DVC's cache."""
+    digest = row.get("manifest", "")
+    cached = workspace.root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
+    if not digest or not cached.is_file():
+        raise BadInput(f"{row['version']}: its manifest is not in this workspace's DVC cache")
+    return store.read_table(cached, store.COLUMNS, "fetch it again with `dvc fetch`")
 
 
 def stages(workspace: Workspace) -> list[StageInfo]:

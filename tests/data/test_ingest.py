@@ -330,3 +330,21 @@ def test_real_aerial_scenes_go_in(run, manifest, aid):
     assert report.figures["tiles"] == 240
     assert report.figures["set_aside"] == 0
     assert manifest()["sharpness"].gt(0).all()
+
+
+def test_a_list_is_ingested_and_what_it_names_in_vain_is_set_aside(
+    run, workspace, manifest, tmp_path
+):
+    source = class_folders(tmp_path / "in", classes=2)
+    names = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.jpg"))
+    listed = source / "these.txt"
+    listed.write_text("".join(f"{name}\n" for name in [*names[:20], "class0/gone.jpg"]))
+    report = run(listed)
+    assert report.figures["tiles"] == 20 and report.figures["classes"] == 2
+    assert reasons(workspace) == {"class0/gone.jpg": "cannot be read: No such file or directory"}
+    assert run(listed).figures["unchanged"]
+    before = manifest().set_index("key")
+    # The same images as a folder keep keys, places and splits.
+    assert run(source).figures["new_tiles"] == 4
+    after = manifest().set_index("key").loc[before.index]
+    assert (after[["place", "split", "shard"]] == before[["place", "split", "shard"]]).all(None)

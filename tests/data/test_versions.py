@@ -200,3 +200,37 @@ def test_remote_that_does_not_answer_is_unreachable(run, workspace, tmp_path, mo
     with pytest.raises(Unreachable) as error:
         versions.push(workspace, config(workspace))
     assert "\n" not in str(error.value)
+
+
+def test_what_two_versions_differ_in(run, workspace, tmp_path):
+    source = class_folders(tmp_path / "in")
+
+    def version():
+        run(source)
+        return versions.add_store(workspace, config(workspace))
+
+    first = version()
+    class_folders(source, classes=1, each=4, start=50)
+    (source / "class1" / "0003.jpg").unlink()
+    (source / "class2" / "0005.jpg").rename(source / "class0" / "moved.jpg")
+    second = version()
+    found = versions.diff(workspace, first[:8], second)
+    assert (found["from"], found["to"]) == (first, second)
+    assert found["tiles"] == {"added": 4, "removed": 1, "relabelled": 1}
+    assert found["classes"] == {
+        "class0": {"added": 5, "removed": 0},
+        "class1": {"added": 0, "removed": 1},
+        "class2": {"added": 0, "removed": 1},
+    }
+    assert found["sensors"] == {"rgb": {"added": 4, "removed": 1}}
+    assert found["places"] == {"added": 4, "removed": 1}
+    back = versions.diff(workspace, "latest", "latest~1")
+    assert back["tiles"] == {"added": 1, "removed": 4, "relabelled": 1}
+    for name, said in (("f" * 12, "no such version"), ("latest~2", "there are 2 versions")):
+        with pytest.raises(BadInput, match=said):
+            versions.diff(workspace, name, second)
+    same = versions.diff(workspace, second, second)
+    assert same["classes"] == {} and same["tiles"]["added"] == 0
+    shutil.rmtree(workspace.root / ".dvc" / "cache")
+    with pytest.raises(BadInput, match="not in this workspace's DVC cache"):
+        versions.diff(workspace, first, second)
