@@ -129,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     diff.add_argument("a", metavar="A", help="a version, or its first digits; e.g. latest~1")
     diff.add_argument("b", metavar="B", nargs="?", default="latest", help="default: latest")
 
+    show = verb("show", _data_show, "the tile store as an HTML page to look at", data_verbs)
+    show.add_argument("--out", metavar="FILE", help="default: .ringmo/data.html")
+
     compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
     settings_arguments(compare)
 
@@ -421,6 +424,15 @@ def _data_diff(arguments: Arguments) -> None:
         if rows:
             parts.append(console.table(rows, (one, "added", "removed")))
     console.result(found, "\n\n".join(parts))
+
+
+def _data_show(arguments: Arguments) -> None:
+    from ringmo.data import page
+
+    config, workspace = _open(arguments)
+    out = Path(arguments.out) if arguments.out else workspace.state / "data.html"
+    shown = page.write(config, workspace, out.resolve())
+    console.result(shown, f"{shown['tiles']} tiles: open file://{shown['page']} in a browser")
 
 
 def _compare(arguments: Arguments) -> None:

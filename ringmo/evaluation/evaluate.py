@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ringmo import console
 from ringmo.config import Config, Sensor
 from ringmo.data import measures
+from ringmo.data.colours import visible
 from ringmo.data.loading import SelectedTiles, square
 from ringmo.errors import BadInput
 from ringmo.evaluation import histogram, metrics, pictures
@@ -111,7 +112,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     worst = _worst(truth, predicted, confidence, config.evaluate.worst)
     pictures.contact_sheet(
         out / "worst.png",
-        [pictures.visible(test.image(int(row)), sensor) for row in worst],
+        [visible(test.image(int(row)), sensor) for row in worst],
         [
             (f"is {truth[row]}", f"said {predicted[row]}", f"{confidence[row]:.0%} sure")
             for row in worst

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ringmo import config as configuration
 from ringmo.config import Config, Sensor
+from ringmo.data.colours import visible
 from ringmo.data.loading import SelectedTiles
 from ringmo.evaluation import pictures, probes
 from ringmo.models.backbone import timm_weights, transfer
@@ -198,12 +199,8 @@ def _picture(
 
     def shown(pixels: np.ndarray) -> np.ndarray:
         """Reconstructions are stretched as their originals are."""
-        return np.stack(
-            [
-                pictures.visible(one, sensor, like)
-                for one, like in zip(pixels, originals, strict=True)
-            ]
-        )
+        pairs = zip(pixels, originals, strict=True)
+        return np.stack([visible(one, sensor, like) for one, like in pairs])
 
     originals = back(images)
     only = len(trainer.tiles) == 1

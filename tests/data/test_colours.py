@@ -3,7 +3,7 @@
 import numpy as np
 
 from ringmo.config import Sensor
-from ringmo.evaluation.pictures import visible
+from ringmo.data.colours import visible
 
 S2 = ["B01", "B02", "B03", "B04", "B08"]
 

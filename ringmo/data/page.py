@@ -1,0 +1,308 @@
+"""`ringmo data show`: the tile store as one HTML page, which needs no server and no network.
+
+Counts, a contact sheet by sensor and class, footprints on a map, and histograms of the measures.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ringmo.config import Config
+from ringmo.data import store, versions
+from ringmo.data.colours import visible
+from ringmo.data.decode import decode
+from ringmo.errors import BadInput
+from ringmo.workspace import Workspace
+
+if TYPE_CHECKING:
+    import pandas
+
+SHOWN = 8  # tiles of a class and sensor
+ROWS = 400  # of classes and sensors on the contact sheet
+SIDE = 96  # pixels a tile is shown at
+FOOTPRINTS = 3000  # on the map, evenly chosen
+BINS = 30
+MEASURES = (
+    *("mean", "std", "entropy", "sharpness", "nodata_share", "saturated_share", "gsd_m"),
+)  # fmt: skip
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00", "unused": "#999999"}
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse } td, th { padding: .15em .9em .15em 0; text-align: left }
+td.number, th.number { text-align: right } th { font-weight: 600 } .note { color: #666 }
+.sheet { display: flex; flex-wrap: wrap; gap: 4px; margin: .2em 0 .8em }
+.sheet img { width: 96px; height: 96px; background: #eee; image-rendering: auto }
+.made-up { background: #fff3cd; padding: .5em 1em } svg text { font-size: 11px; fill: #555 }
+.small { display: inline-block; margin: 0 1.2em 1em 0 } .key { margin-right: 1.2em }
+"""
+
+
+def write(config: Config, workspace: Workspace, out: Path) -> dict[str, Any]:
+    """The page of the store as it is, to `out`, whole or not at all; returns what it shows.
+
+    Raises:
+        BadInput: no store, a damaged one, or `out` cannot be written.
+    """
+    tiles = store.TileStore(workspace.store)
+    manifest = tiles.manifest()
+    version = versions.data_version(workspace)
+    sections = [
+        _head(manifest, version),
+        _counts(manifest),
+        _aside(workspace),
+        _contact_sheet(config, tiles, manifest),
+        _map(manifest),
+        _histograms(manifest),
+    ]
+    page = (
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<title>Tile store {escape(str(version or ''))[:12]}</title><style>{STYLE}</style>"
+        f"{''.join(sections)}</html>"
+    )
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise BadInput(f"{out}: {error.strerror}") from None
+    return {
+        "page": str(out),
+        "data_version": version,
+        "tiles": len(manifest),
+        "sensors": int(manifest["sensor"].nunique()),
+        "classes": int(manifest["label"].nunique()),
+        "with_footprint": int(manifest["crs"].notna().sum()),
+    }
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def cell(value: Any, tag: str = "td", number: bool = False) -> str:
+        numeric = number or isinstance(value, (int, float))
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        return f"<{tag}{' class=number' if numeric else ''}>{escape(shown)}</{tag}>"
+
+    body = [list(row) for row in rows]
+    numbers = [isinstance(value, (int, float)) for value in body[0]] if body else []
+    numbers = numbers or [False] * len(header)
+    top = "".join(cell(name, "th", number) for name, number in zip(header, numbers, strict=True))
+    lines = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in body)
+    return f"<table><tr>{top}</tr>{lines}</table>"
+
+
+def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
+    labelled, classes = int(manifest["label"].notna().sum()), manifest["label"].nunique()
+    labels = f"{labelled:,} labelled, of {classes} classes" if labelled else "none labelled"
+    places = manifest["place"].nunique()
+    made_up = (
+        "<p class='made-up'>With generated imagery: it shows that everything works, and says "
+        "nothing about real imagery.</p>"
+        if manifest["generated"].any()
+        else ""
+    )
+    return (
+        f"<h1>Tile store</h1>{made_up}"
+        f"<p>{len(manifest):,} tiles of {places:,} places, {labels}.<br>"
+        f"<span class='note'>Data version {escape(version or 'not versioned yet')}</span></p>"
+    )
+
+
+def _counts(manifest: "pandas.DataFrame") -> str:
+    splits = [split for split in COLOURS if (manifest["split"] == split).any()]
+    labels = manifest["label"].fillna("(none)")
+    parts = ["<h2>Classes, sensors, splits</h2>"]
+    for name, column in (("class", labels), ("sensor", manifest["sensor"])):
+        counts = manifest.groupby([column, "split"]).size().unstack(fill_value=0)
+        rows = [
+            [str(value), *(int(row.get(split, 0)) for split in splits), int(row.sum())]
+            for value, row in counts.iterrows()
+        ]
+        parts.append(f"<p>{_table([name, *splits, 'tiles'], rows)}</p>")
+    return "".join(parts)
+
+
+def _aside(workspace: Workspace) -> str:
+    import pandas as pd
+
+    path = workspace.store / store.QUARANTINE
+    aside = pd.read_parquet(path) if path.exists() else pd.DataFrame({"reason": []})
+    if aside.empty:
+        return "<h2>Set aside</h2><p>Nothing.</p>"
+    reasons = aside.groupby("reason")["source"].agg(["size", "first"]).sort_values("size")
+    rows = [
+        [str(reason), int(row["size"]), str(row["first"])]
+        for reason, row in reasons[::-1][:50].iterrows()
+    ]
+    more = f"<p class='note'>and {len(reasons) - 50} more reasons</p>" if len(reasons) > 50 else ""
+    return f"<h2>Set aside</h2>{_table(['reason', 'images', 'for example'], rows)}{more}"
+
+
+def _contact_sheet(config: Config, tiles: store.TileStore, manifest: "pandas.DataFrame") -> str:
+    parts = ["<h2>Tiles by sensor and class</h2>"]
+    labels = manifest["label"].fillna("(no class)")
+    groups = list(manifest.groupby(["sensor", labels]))
+    for (sensor, label), group in groups[:ROWS]:
+        rows = group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN).astype(int))]
+        images = "".join(_image(config, tiles, row) for _, row in rows.iterrows())
+        parts.append(
+            f"<b>{escape(str(label))}</b> <span class='note'>{escape(str(sensor))}, "
+            f"{len(group):,} tiles</span><div class='sheet'>{images}</div>"
+        )
+    if len(groups) > ROWS:
+        parts.append(f"<p class='note'>and {len(groups) - ROWS} more</p>")
+    return "".join(parts)
+
+
+def _image(config: Config, tiles: store.TileStore, row: "pandas.Series[Any]") -> str:
+    """One tile as an inline JPEG; what it is shows when the pointer rests on it."""
+    from PIL import Image
+
+    about = f"{row['source']} at {row['row']}, {row['col']}; {row['split']}; {row['key']}"
+    sensor = config.sensors.get(row["sensor"])
+    if sensor is None or len(sensor.bands) != row["bands"]:
+        return f"<img alt='of a sensor that params.yaml no longer has' title='{escape(about)}'>"
+    pixels = decode(tiles.read(row["shard"], row["offset"], row["size"]))
+    shown = visible(pixels, sensor)
+    picture = Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown)
+    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "JPEG", quality=80)
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f"<img loading='lazy' title='{escape(about)}' src='data:image/jpeg;base64,{data}'>"
+
+
+def _map(manifest: "pandas.DataFrame") -> str:
+    """Footprints in longitude and latitude, drawn true to scale at their middle."""
+    located = manifest[manifest["crs"].notna()]
+    title = "<h2>Footprints</h2>"
+    if located.empty:
+        return f"{title}<p>No tile has coordinates.</p>"
+    chosen = located.iloc[
+        np.unique(np.linspace(0, len(located) - 1, min(FOOTPRINTS, len(located))).astype(int))
+    ]
+    bounds = _degrees(chosen)
+    known = np.isfinite(bounds).all(1)
+    if not known.any():
+        return f"{title}<p>No tile has coordinates on Earth.</p>"
+    chosen, bounds = chosen[known], bounds[known]
+    west, south = bounds[:, :2].min(0)
+    east, north = bounds[:, 2:].max(0)
+    stretch = max(math.cos(math.radians((south + north) / 2)), 0.05)
+    edge = 0.06 * max((east - west) * stretch, north - south, 1e-4)
+    west, east = west - edge / stretch, east + edge / stretch
+    south, north = max(south - edge, -90), min(north + edge, 90)
+    scale = min(1060 / ((east - west) * stretch), 620 / (north - south))
+    wide, high = (east - west) * stretch * scale, (north - south) * scale
+
+    def x(longitude: float) -> float:
+        return float((longitude - west) * stretch * scale)
+
+    def y(latitude: float) -> float:
+        return float((north - latitude) * scale)
+
+    lines = []
+    for low, top, across in ((west, east, True), (south, north, False)):
+        step = _step(top - low)
+        for value in np.arange(math.ceil(low / step) * step, top, step):
+            words = f"{round(float(value), 6):g}°"
+            if across:
+                lines.append(f"<path d='M{x(value):.1f} 0V{high:.1f}' stroke='#e5e5e5'/>")
+                lines.append(f"<text x='{x(value) + 2:.1f}' y='{high - 3:.1f}'>{words}</text>")
+            else:
+                lines.append(f"<path d='M0 {y(value):.1f}H{wide:.1f}' stroke='#e5e5e5'/>")
+                lines.append(f"<text x='2' y='{y(value) - 2:.1f}'>{words}</text>")
+    marks = []
+    for (left, low, right, top), split, source, sensor in zip(
+        bounds, chosen["split"], chosen["source"], chosen["sensor"], strict=True
+    ):
+        colour = COLOURS.get(split, "#000")
+        about = f"<title>{escape(f'{source}, {sensor}, {split}')}</title>"
+        wider, taller = x(right) - x(left), y(low) - y(top)
+        if max(wider, taller) < 3:  # too small to see
+            middle = f"cx='{x((left + right) / 2):.1f}' cy='{y((low + top) / 2):.1f}'"
+            marks.append(
+                f"<circle {middle} r='4' fill='{colour}' fill-opacity='.5'>{about}</circle>"
+            )
+        else:
+            place = f"x='{x(left):.1f}' y='{y(top):.1f}' width='{wider:.1f}' height='{taller:.1f}'"
+            marks.append(
+                f"<rect {place} fill='{colour}' fill-opacity='.25' stroke='{colour}'>{about}</rect>"
+            )
+    keys = "".join(
+        f"<span class='key'><span style='color:{colour}'>■</span> {split}</span>"
+        for split, colour in COLOURS.items()
+        if (chosen["split"] == split).any()
+    )
+    fewer = "" if len(chosen) == len(located) else f" ({len(chosen):,} of them drawn)"
+    return (
+        f"{title}<p>{len(located):,} of {len(manifest):,} tiles have coordinates{fewer}. {keys}</p>"
+        f"<svg width='{wide:.0f}' height='{high:.0f}' style='border:1px solid #ccc'>"
+        f"{''.join(lines)}{''.join(marks)}</svg>"
+    )
+
+
+def _degrees(tiles: "pandas.DataFrame") -> "np.ndarray[Any, Any]":
+    """west, south, east, north (N, 4) of footprints; NaN where they are nowhere on Earth."""
+    from rasterio.errors import RasterioError
+    from rasterio.warp import transform_bounds
+
+    bounds = np.full((len(tiles), 4), np.nan)
+    edges = tiles[["minx", "miny", "maxx", "maxy"]].to_numpy()
+    for i, crs in enumerate(tiles["crs"]):
+        try:
+            bounds[i] = transform_bounds(crs, "EPSG:4326", *edges[i], densify_pts=3)
+        except (RasterioError, ValueError):
+            continue
+    outside = (np.abs(bounds[:, [0, 2]]) > 360).any(1) | (np.abs(bounds[:, [1, 3]]) > 90).any(1)
+    bounds[outside] = np.nan
+    return bounds
+
+
+def _step(extent: float) -> float:
+    """Degrees between lines: 1, 2 or 5 times a power of ten, some six of them."""
+    power = 10.0 ** math.floor(math.log10(extent / 6))
+    return float(next(power * times for times in (1, 2, 5, 10) if power * times >= extent / 6))
+
+
+def _histograms(manifest: "pandas.DataFrame") -> str:
+    parts = [
+        "<h2>Measures</h2><p class='note'>In 8-bit steps; pixels of more than 8 bits are scaled, "
+        "the sensor's mean ± 3 deviations to 0 to 255.</p>"
+    ]
+    for sensor, group in manifest.groupby("sensor"):
+        parts.append(f"<p><b>{escape(str(sensor))}</b></p>")
+        parts += [_histogram(name, group[name].dropna().to_numpy()) for name in MEASURES]
+    return "".join(parts)
+
+
+def _histogram(name: str, values: "np.ndarray[Any, Any]") -> str:
+    if not len(values):
+        return ""
+    # Long tails of sharpness would leave one bar: what lies beyond counts in the last.
+    top = float(np.quantile(values, 0.99)) or float(values.max())
+    low = float(min(values.min(), top))
+    counts, edges = np.histogram(np.clip(values, low, top), BINS, (low, max(top, low + 1e-9)))
+    wide, high = 230, 90
+    bar = wide / BINS
+    bars = []
+    for i, count in enumerate(counts):
+        tall = high * count / counts.max()
+        about = f"<title>{edges[i]:.4g} to {edges[i + 1]:.4g}: {count:,}</title>"
+        place = f"x='{i * bar:.1f}' y='{high - tall:.1f}' width='{bar - 0.6:.1f}'"
+        bars.append(f"<rect {place} height='{tall:.1f}' fill='#0072b2'>{about}</rect>")
+    return (
+        f"<span class='small'><svg width='{wide}' height='{high + 30}'>{''.join(bars)}"
+        f"<path d='M0 {high}H{wide}' stroke='#999'/>"
+        f"<text x='0' y='{high + 12}'>{low:.3g}</text>"
+        f"<text x='{wide}' y='{high + 12}' text-anchor='end'>{top:.3g}</text>"
+        f"<text x='{wide / 2}' y='{high + 26}' text-anchor='middle'>{escape(name)}</text>"
+        f"</svg></span>"
+    )
