@@ -48,7 +48,7 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
 
     started = time.monotonic()
     command = _command()
-    _check_sources(config)
+    _check_sources(config, workspace)
     services.up(config, workspace)
     os.environ.update(services.environment(workspace))
     # Prefect's own lines go to its server; people get the stages' own progress.
@@ -76,12 +76,14 @@ def _command() -> str:
     return os.path.relpath(Path(sys.executable).with_name("ringmo"))
 
 
-def _check_sources(config: Config) -> None:
+def _check_sources(config: Config, workspace: Workspace) -> None:
     """What ingest would refuse anyway, said before any server is started."""
     from ringmo.errors import BadInput
 
     for source in config.ingest.sources:
-        if source != "generated" and not Path(source).is_dir():
+        if source == "generated" or "://" in source:
+            continue
+        if not (workspace.root / Path(source).expanduser()).exists():
             raise BadInput(f"{source}: no such folder (ingest.sources in params.yaml)")
 
 

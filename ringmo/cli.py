@@ -209,11 +209,13 @@ def _changes(arguments: Arguments) -> dict[str, Any]:
 
 def _source(text: str) -> str:
     """A source as params.yaml keeps it: absolute, so that it means the same from everywhere."""
-    if text == "generated":
+    if text == "generated" or text.startswith("s3://"):
         return text
     folder = Path(text).expanduser()
     if not folder.exists():
-        raise BadInput(f"{text}: no such folder; --data takes a folder of images, or a list")
+        raise BadInput(
+            f"{text}: no such folder; --data takes a folder of images, a list, or s3://…"
+        )
     return str(folder.resolve())
 
 

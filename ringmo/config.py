@@ -27,6 +27,7 @@ class Ingest(Section):
     labels: Literal["auto", "none"] = "auto"
     include: list[str] = Field(["*"], min_length=1)
     exclude: list[str] = []
+    endpoint: str | None = None
     tile_size: int = Field(256, ge=16, le=4096)
     max_nodata_share: Share = 0.5
     max_bad_share: Share = 0.1

@@ -9,10 +9,11 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ringmo import console
 from ringmo.config import Config, Sensor, digest
 from ringmo.data import places, scenes, store
+from ringmo.data.buckets import Bucket
 from ringmo.data.measures import Measures, measure
 from ringmo.data.sources import Image, list_images
 from ringmo.errors import BadInput
@@ -35,6 +37,7 @@ Row = dict[str, Any]
 GENERATED = "generated"
 UNREADABLE = "unreadable"  # in place of a hash: permissions can change without a trace
 AHEAD = 64  # images read ahead of the one whose turn it is
+AHEAD_BYTES = 2e9  # of objects from a bucket among them, which lie on this machine's disk meanwhile
 # What reading a tile again may find different: the sensor's name, and measures on its scale.
 JUDGED = ("sensor", *(measured.name for measured in fields(Measures)))
 WORKERS = 4  # decoding, hashing and most of the measuring run outside the interpreter's lock
@@ -170,17 +173,23 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
     """Images of all sources, in order, and the number of files that are none."""
     images: list[Image] = []
     other_files = 0
+    fetched = workspace.state / "fetched"
+    shutil.rmtree(fetched, ignore_errors=True)  # what a killed ingest had brought
     for source in dict.fromkeys(config.ingest.sources):
         if source == GENERATED:
             from ringmo.data import generated
 
-            folder = generated.make(workspace.state / "generated")
+            folder: Path | Bucket = generated.make(workspace.state / "generated")
+        elif source.startswith("s3://"):
+            folder = Bucket(source, config.ingest.endpoint)
         elif "://" in source:
-            raise BadInput(f"{source}: ingest reads folders and lists; copy it to a folder first")
+            raise BadInput(f"{source}: ingest reads folders, lists and s3://BUCKET/PREFIX")
         else:
             folder = workspace.root / Path(source).expanduser()
-        patterns = (config.ingest.include, config.ingest.exclude) if source != GENERATED else ()
-        listing = list_images(source, folder, config.ingest.labels, *patterns)
+        include, exclude = config.ingest.include, config.ingest.exclude
+        if source == GENERATED:
+            include, exclude = ["*"], []
+        listing = list_images(source, folder, config.ingest.labels, include, exclude, fetched)
         images += listing.images
         other_files += listing.other_files
         report.notes += listing.notes
@@ -267,8 +276,7 @@ class Scan:
 
     @staticmethod
     def _name(image: Image) -> tuple[str, str, int, int]:
-        folder = str(image.file)[: -len(image.path) - 1]
-        return folder, image.path, image.size, image.mtime_ns
+        return image.folder, image.path, image.size, image.mtime_ns
 
     def write(self) -> None:
         """Remember this scan, and of earlier ones what was found in other folders."""
@@ -356,17 +364,24 @@ def _gather(
         try:
             for image in images:
                 waiting.append((image, pool.submit(look, image)))
-                if len(waiting) >= AHEAD:
+                while len(waiting) >= AHEAD or _brought(waiting) > AHEAD_BYTES:
                     due, future = waiting.popleft()
                     settle(due, future.result())
+                    due.forget()
                     bar.advance()
             for due, future in waiting:
                 settle(due, future.result())
+                due.forget()
                 bar.advance()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return gathered
+
+
+def _brought(waiting: Iterable[tuple[Image, Any]]) -> int:
+    """Bytes of objects that may lie here, waiting for their turn."""
+    return sum(image.size for image, _ in waiting if image.bucket is not None)
 
 
 def _again(known: Row, row: Row | None) -> Row:
@@ -385,11 +400,22 @@ def _same(twin: Image, image: Image) -> str:
 
 
 def _read(config: Config, image: Image, seen: Callable[[str], Outcome | None]) -> Read:
-    """Read one image, in a worker thread."""
+    """Read one image, in a worker thread; an object stays here only where it must be cut."""
+    large = False
     try:
-        content = scenes.file_hash(image.file)
+        image.fetch()
+        read = _read_here(config, image, seen)
+        large = read.large
+        return read
     except OSError as error:
         return Read(Outcome(f"{UNREADABLE} {image.file}", f"cannot be read: {error.strerror}"))
+    finally:
+        if not large:
+            image.forget()
+
+
+def _read_here(config: Config, image: Image, seen: Callable[[str], Outcome | None]) -> Read:
+    content = scenes.file_hash(image.file)
     moved = seen(content)
     if moved is not None:
         return Read(moved)

@@ -1,4 +1,4 @@
-"""Folders and lists of imagery: which files are images, and which class they are of.
+"""Folders, lists and buckets of imagery: which files are images, and which class they are of.
 
 A list is a text file with a path a line, absolute or below the list's folder, and after a tab
 perhaps a class; without one the folder says it, as in a folder of imagery.
@@ -7,14 +7,16 @@ A folder named `unlabelled` anywhere in a source holds images that no class is c
 labelled ones: its images never get a label.
 """
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from pathlib import Path, PurePosixPath
 
 from ringmo.data import decode
+from ringmo.data.buckets import Bucket
 from ringmo.errors import BadInput
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".gtiff"}
@@ -38,7 +40,11 @@ LAYOUT_FOLDERS = MASK_FOLDERS | IMAGE_FOLDERS | SPLIT_FOLDERS
 
 @dataclass(frozen=True)
 class Image:
-    """A file that is, or claims to be, an image. `root` is the source as params.yaml gives it."""
+    """A file or an object that is, or claims to be, an image.
+
+    root: the source as params.yaml gives it. path: below it. file: where it lies, or where
+    `fetch` brings it. mtime_ns: for an object a number that changes with its bytes.
+    """
 
     root: str
     path: str
@@ -46,6 +52,27 @@ class Image:
     size: int
     mtime_ns: int
     label: str | None = None
+    bucket: Bucket | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where `path` begins."""
+        return self.bucket.url if self.bucket else str(self.file)[: -len(self.path) - 1]
+
+    def fetch(self) -> None:
+        """Bring an object to `file`.
+
+        Raises:
+            OSError: it is gone.
+            BadInput, Unreachable: as `Bucket.fetch`.
+        """
+        if self.bucket is not None and not self.file.exists():
+            self.bucket.fetch(self.path, self.file)
+
+    def forget(self) -> None:
+        """Remove what `fetch` brought."""
+        if self.bucket is not None:
+            self.file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -55,81 +82,78 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
-# A file of a source: its path below it, itself, and the class that a list gives it.
-Found = tuple[str, Path, str | None]
-
-
 def list_images(
     root: str,
-    source: Path,
+    source: Path | Bucket,
     labels: str,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    fetched: Path = Path(),
 ) -> Listing:
     """Images of a source in order of their paths; links are not followed.
 
     Args:
         root: the source's name in params.yaml.
-        source: a folder, or a list of files.
+        source: a folder, a list of files, or a bucket's prefix.
+        fetched: the folder to which a bucket's objects come.
         labels: `auto` (a list's, or the parent folder's name, if images lie in two or more) or
             `none`.
         include, exclude: patterns with *, ? and [] for paths below the source, or for the names
             of files; a file is taken if one of the first and none of the second fits.
 
     Raises:
-        BadInput: no such folder or list, a list that is no text, or no image in it.
+        BadInput: no such folder, list or bucket, a list that is no text, or no image in it.
+        Unreachable: a bucket does not answer.
     """
-    if not source.exists():
+    if isinstance(source, Path) and not source.exists():
         raise BadInput(f"{source}: no such folder: mend ingest.sources in params.yaml, or --data")
     listing = Listing()
+    name = source.url if isinstance(source, Bucket) else str(source)
+    if isinstance(source, Bucket):
+        every = _in_bucket(root, source, fetched)
+    else:
+        every = _listed(root, source) if source.is_file() else _below(root, source)
     wanted = _chosen(include, exclude)
-    found: list[Found] = []
+    found: list[Image] = []
+    folders: set[PurePosixPath] = set()
     links = left_out = 0
-    by_list = source.is_file()
-    for path, file, label in _listed(source) if by_list else _below(source):
-        if not wanted(path):
+    for image in every:
+        folders.update(PurePosixPath(image.path).parents)
+        if not wanted(image.path):
             left_out += 1
-        elif by_list:
-            found.append((path, file, label))
-        elif file.is_symlink():
+        elif isinstance(source, Path) and source.is_dir() and image.file.is_symlink():
             links += 1
-        elif _may_be_image(file):
-            found.append((path, file, label))
+        elif _may_be_image(image, looked_at=isinstance(source, Path) and source.is_dir()):
+            found.append(image)
         else:
             listing.other_files += 1
     if links:
         listing.other_files += links
-        listing.notes.append(f"{source}: {links} links left out: links are not followed")
+        listing.notes.append(f"{name}: {links} links left out: links are not followed")
     if left_out:
         listing.other_files += left_out
         listing.notes.append(
-            f"{source}: {left_out} files left out: see ingest.include and ingest.exclude"
+            f"{name}: {left_out} files left out: see ingest.include and ingest.exclude"
         )
-    masks = set() if by_list else {path for path, *_ in found if _is_mask(source, path)}
+    by_list = isinstance(source, Path) and source.is_file()
+    masks = [] if by_list else [image for image in found if _is_mask(image.path, folders)]
     if masks:
         listing.other_files += len(masks)
-        listing.notes.append(f"{source}: {len(masks)} masks left out: they are labels, not imagery")
-    found = [one for one in found if one[0] not in masks]
+        listing.notes.append(f"{name}: {len(masks)} masks left out: they are labels, not imagery")
+        aside = {image.path for image in masks}
+        found = [image for image in found if image.path not in aside]
     if not found:
         but = f" that is wanted ({left_out} are left out)" if left_out else ""
-        raise BadInput(f"{source}: no image (JPEG, PNG or TIFF) in it{but}")
+        raise BadInput(f"{name}: no image (JPEG, PNG or TIFF) in it{but}")
     classes: dict[str, str] = {}
     if labels == "auto":
-        classes = {path: label for path, _, label in found if label is not None}
+        classes = {image.path: image.label for image in found if image.label is not None}
         if not classes:
-            classes, why_none = _classes([path for path, *_ in found])
+            classes, why_none = _classes([image.path for image in found])
             if why_none:
-                listing.notes.append(f"{source}: no labels: {why_none}")
-    listing.images = [_image(root, path, file, classes.get(path)) for path, file, _ in found]
+                listing.notes.append(f"{name}: no labels: {why_none}")
+    listing.images = [replace(image, label=classes.get(image.path)) for image in found]
     return listing
-
-
-def _image(root: str, path: str, file: Path, label: str | None) -> Image:
-    try:
-        stat = file.stat()
-    except OSError:  # a list may name what is not there: reading it says so
-        return Image(root, path, file, -1, 0, label)
-    return Image(root, path, file, stat.st_size, stat.st_mtime_ns, label)
 
 
 def _chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
@@ -144,12 +168,12 @@ def _chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], b
     return chosen
 
 
-def _below(folder: Path) -> Iterator[Found]:
+def _below(root: str, folder: Path) -> Iterator[Image]:
     for file in _files(folder):
-        yield file.relative_to(folder).as_posix(), file, None
+        yield _image(root, file.relative_to(folder).as_posix(), file)
 
 
-def _listed(file: Path) -> list[Found]:
+def _listed(root: str, file: Path) -> Iterator[Image]:
     """The files that a list names, each once, by path."""
     try:
         lines = file.read_text("utf-8-sig").splitlines()
@@ -158,7 +182,7 @@ def _listed(file: Path) -> list[Found]:
             f"{file} is no list of images: ingest.sources names folders, and text files with a "
             f"path a line"
         ) from None
-    found: dict[str, Found] = {}
+    found: dict[str, Image] = {}
     for line in lines:
         name, _, label = line.partition("\t")
         if not name.strip() or name.startswith("#"):
@@ -166,8 +190,23 @@ def _listed(file: Path) -> list[Found]:
         image = Path(os.path.normpath(file.parent / Path(name.strip()).expanduser()))
         inside = image.is_relative_to(file.parent)
         path = image.relative_to(file.parent if inside else image.anchor).as_posix()
-        found.setdefault(path, (path, image, label.strip() or None))
-    return sorted(found.values())
+        found.setdefault(path, _image(root, path, image, label.strip() or None))
+    return iter([found[path] for path in sorted(found)])
+
+
+def _in_bucket(root: str, bucket: Bucket, fetched: Path) -> Iterator[Image]:
+    for one in bucket.objects():
+        # The path's digest: keys may hold what no file's name can.
+        file = fetched / hashlib.sha256(f"{bucket.url}/{one.path}".encode()).hexdigest()
+        yield Image(root, one.path, file, one.size, one.mark, bucket=bucket)
+
+
+def _image(root: str, path: str, file: Path, label: str | None = None) -> Image:
+    try:
+        stat = file.stat()
+    except OSError:  # a list may name what is not there: reading it says so
+        return Image(root, path, file, -1, 0, label)
+    return Image(root, path, file, stat.st_size, stat.st_mtime_ns, label)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -183,26 +222,32 @@ def _files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _may_be_image(file: Path) -> bool:
-    suffix = file.suffix.lower()
-    if file.name.startswith(".") or suffix in OTHER_SUFFIXES or not file.is_file():
+def _may_be_image(image: Image, looked_at: bool) -> bool:
+    """Whether a file is worth reading, by its name, or (`looked_at`) else by its first bytes."""
+    name = PurePosixPath(image.path)
+    suffix = name.suffix.lower()
+    if name.name.startswith(".") or suffix in OTHER_SUFFIXES:
+        return False
+    if not looked_at:
+        # What a list names is meant; of a bucket's objects only the names are known.
+        return image.bucket is None or suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES
+    if not image.file.is_file():
         return False
     if suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
         return True
     try:
-        with file.open("rb") as opened:
+        with image.file.open("rb") as opened:
             return decode.kind(opened.read(16)) is not None
     except OSError:
         return False
 
 
-def _is_mask(folder: Path, path: str) -> bool:
+def _is_mask(path: str, folders: Collection[PurePosixPath]) -> bool:
     """Whether a file lies in a folder of masks that has a folder of images beside it."""
     parent = PurePosixPath(path).parent
     if parent.name.lower() not in MASK_FOLDERS:
         return False
-    beside = {entry.name.lower() for entry in (folder / parent.parent).iterdir() if entry.is_dir()}
-    return bool(beside & IMAGE_FOLDERS)
+    return any(f.parent == parent.parent and f.name.lower() in IMAGE_FOLDERS for f in folders)
 
 
 def _classes(paths: list[str]) -> tuple[dict[str, str], str | None]:

@@ -2,12 +2,7 @@
 
 import json
 import shutil
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,36 +117,6 @@ def test_one_stage_runs_by_this_python_whatever_path_is(run, workspace, tmp_path
     assert versions.lock_entry(workspace, "validate")["cmd"] == "ringmo validate"
     params.edit(workspace.params_file, {"validate.min_per_class": 9})
     assert versions.changed(workspace)["validate"] == ["validate modified"]
-
-
-@pytest.fixture
-def s3(tmp_path, monkeypatch) -> Iterator[str]:
-    """A real S3 server that refuses wrong secrets; its address."""
-    rclone = Path(sys.executable).parent / "rclone"
-    if not rclone.exists():
-        pytest.skip("no rclone")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (tmp_path / "s3" / "bucket").mkdir(parents=True)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    command = [str(rclone), "serve", "s3", str(tmp_path / "s3"), "--addr", f"127.0.0.1:{port}"]
-    server = subprocess.Popen(
-        [*command, "--auth-key", "key,secret", "--config", "/dev/null"],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def lose_and_pull(workspace: Any) -> None:

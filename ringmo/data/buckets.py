@@ -1,0 +1,162 @@
+"""S3's door for imagery: what lies below a prefix, and objects brought here, whole or not at all.
+
+Any S3-compatible store: `ingest.endpoint` in params.yaml names one that is not Amazon's.
+Credentials come from the environment, as with all of Amazon's tools.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ringmo.errors import BadInput, RingmoError, Unreachable
+
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
+TRIES = 5  # of a request, and of an object that breaks off on its way
+FIRST_PAUSE_S = 0.5  # doubled each time
+PART = 1 << 20  # bytes read at once
+REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403"}
+NOT_THERE = {"NoSuchKey", "404"}
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object below a prefix; `path` is what follows it, `mark` changes with the bytes."""
+
+    path: str
+    size: int
+    mark: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Objects below s3://NAME/PREFIX. Threads may share one."""
+
+    url: str
+    endpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.url.removeprefix("s3://").partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """Ends with a slash, or is empty."""
+        inside = self.url.removeprefix("s3://").partition("/")[2].strip("/")
+        return f"{inside}/" if inside else ""
+
+    def objects(self) -> Iterator[Object]:
+        """Every object below the prefix, by key.
+
+        Raises:
+            BadInput: no such bucket, no credentials or wrong ones.
+            Unreachable: no answer, also after several tries.
+        """
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.name, Prefix=self.prefix):
+                for found in page.get("Contents", []):
+                    path = found["Key"].removeprefix(self.prefix)
+                    if path and not path.endswith("/"):
+                        mark = hashlib.sha256(str(found["ETag"]).encode()).digest()[:7]
+                        yield Object(path, found["Size"], int.from_bytes(mark))
+
+    def fetch(self, path: str, to: Path) -> None:
+        """Bring an object here.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            BadInput, Unreachable: as with `objects`; and it broke off several times.
+        """
+        from botocore.exceptions import ClientError, IncompleteReadError
+
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = to.with_name(f"{to.name}.tmp")
+        pause = FIRST_PAUSE_S
+        for attempt in range(1, TRIES + 1):
+            begun = False
+            try:
+                with self._errors():
+                    # Up to here boto itself tries again.
+                    answer = self._client.get_object(Bucket=self.name, Key=self.prefix + path)
+                    begun = True
+                    with temporary.open("wb") as file:
+                        for part in answer["Body"].iter_chunks(PART):
+                            file.write(part)
+                        came, wanted = file.tell(), answer["ContentLength"]
+                    if came != wanted:
+                        raise IncompleteReadError(actual_bytes=came, expected_bytes=wanted)
+                temporary.replace(to)
+                return
+            except RingmoError as error:
+                temporary.unlink(missing_ok=True)
+                cause = error.__cause__
+                if isinstance(cause, ClientError) and _code(cause) in NOT_THERE:
+                    raise FileNotFoundError(2, "it is gone", path) from None
+                if not begun or attempt == TRIES:
+                    raise
+            time.sleep(pause)
+            pause *= 2
+
+    @cached_property
+    def _client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            config=Config(
+                connect_timeout=CONNECT_TIMEOUT_S,
+                read_timeout=READ_TIMEOUT_S,
+                retries={"mode": "standard", "total_max_attempts": TRIES},
+                signature_version="s3v4",
+                s3={"addressing_style": "path" if self.endpoint else "auto"},
+                # S3-compatible stores do not all know the checksums that boto sends since 1.36.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                max_pool_connections=16,
+            ),
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What boto raises, as one line of ours; its own error is the cause."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectionError,
+            HTTPClientError,
+            IncompleteReadError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
+
+        where = self.url + (f" at {self.endpoint}" if self.endpoint else "")
+        credentials = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise BadInput(f"{where}: no credentials: set {credentials}") from error
+        except ClientError as error:
+            code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if code in REFUSED:
+                raise BadInput(f"{where}: refused ({code}): look at {credentials}") from error
+            if code == "NoSuchBucket":
+                raise BadInput(f"{where}: no such bucket") from error
+            if status >= 500 or code in ("SlowDown", "TooManyRequests", "RequestTimeout"):
+                raise Unreachable(f"{where}: {code}, also after {TRIES} tries") from error
+            raise BadInput(f"{where}: {code}") from error
+        except (ConnectionError, HTTPClientError, IncompleteReadError) as error:
+            said = " ".join(str(error).split())[:160]
+            raise Unreachable(f"{where}: {said} (tried {TRIES} times)") from error
+        except (BotoCoreError, ValueError) as error:
+            raise BadInput(f"{where}: {' '.join(str(error).split())[:160]}") from error
+
+
+def _code(error: Any) -> str:
+    return str(error.response["Error"].get("Code", "unknown"))
