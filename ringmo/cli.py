@@ -459,7 +459,12 @@ def _compare(arguments: Arguments) -> None:
     from ringmo.evaluation import compare
 
     report = compare.run(config, workspace)
-    console.result(asdict(report), compare.text(report))
+    plot = workspace.work("compare") / "comparison.png"
+    console.result(
+        asdict(report),
+        f"{compare.text(report)}\n\nPlot: {plot}\n"
+        f"      and MLflow's experiment `compare` (`ringmo up` starts it and says where)",
+    )
 
 
 def _models(arguments: Arguments) -> None:
