@@ -5,6 +5,7 @@ Small, dense objects vanish when whole patches are masked; the pixels left keep 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,13 +54,33 @@ def pimask(
     rows, columns = height // size, width // size
     patches, pixels = rows * columns, size * size
 
-    def exactly(ratio: float, *shape: int) -> Tensor:
-        """True in ceil(ratio · n) random places of the last dimension, of n."""
-        draws = torch.rand(shape, generator=generator, device=device)
-        chosen = torch.zeros(shape, dtype=torch.bool, device=device)
-        return chosen.scatter_(-1, draws.argsort(-1)[..., : share_of(ratio, shape[-1])], True)
-
-    picked = exactly(mask_ratio, batch, patches)
-    inside = exactly(inside_ratio, batch, patches, pixels)
-    mask = (inside & picked[..., None]).view(batch, rows, columns, size, size)
+    picked = torch.rand(batch, patches, generator=generator, device=device).argsort(-1)
+    picked = picked[:, : share_of(mask_ratio, patches), None]
+    shape = (batch, picked.shape[1], pixels)
+    inside = _exactly(share_of(inside_ratio, pixels), shape, generator, device)
+    mask = torch.zeros(batch, patches, pixels, dtype=torch.bool, device=device)
+    mask.scatter_(1, picked.expand(shape), inside)
+    mask = mask.view(batch, rows, columns, size, size)
     return mask.permute(0, 1, 3, 2, 4).reshape(batch, 1, height, width)
+
+
+def _exactly(
+    count: int,
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """True in `count` random places of the last dimension: bool, of this shape.
+
+    Those of the smallest draws. A draw's lowest bits are its place, so that no two are equal, and
+    a threshold, which is several times as fast as an order, leaves exactly so many.
+    """
+    places = shape[-1]
+    draws = torch.randint(
+        2**31 - 1, shape, generator=generator, device=device, dtype=torch.int32
+    ).bitwise_and_(-(1 << (places - 1).bit_length()))
+    draws.bitwise_or_(torch.arange(places, device=device, dtype=torch.int32))
+    if draws.is_cpu:  # NumPy selects ten times as fast as PyTorch here
+        smallest = np.partition(draws.numpy(), count - 1, axis=-1)[..., count - 1 : count]
+        return draws <= torch.from_numpy(smallest)
+    return draws <= draws.kthvalue(count, -1, keepdim=True).values

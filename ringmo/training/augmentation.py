@@ -39,8 +39,10 @@ def cut(images: Tensor, where: Tensor, size: int) -> Tensor:
     Returns:
         float32 (B, C, size, size), in the images' units.
     """
-    shape = [len(images), images.shape[1], size, size]
-    grid = torch.nn.functional.affine_grid(where, shape, align_corners=False)
+    # As `affine_grid` has it, which takes several times as long on a CPU.
+    at = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
+    turn, middle = where[:, None, None, :, :2], where[:, None, None, :, 2]
+    grid = at[:, None] * turn[..., 0] + at[:, None, None] * turn[..., 1] + middle
     return torch.nn.functional.grid_sample(
         images.float(), grid, padding_mode="reflection", align_corners=False
     )

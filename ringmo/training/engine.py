@@ -95,14 +95,14 @@ def parameter_groups(
     """
     levels = encoder.levels()
     level_of = {id(p): at for at, members in enumerate(levels) for p in members}
-    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or name.endswith(("relative_position_bias_table", "token"))
-        key = (0.0 if plain else weight_decay, level_of.get(id(parameter), len(levels)))
-        groups.setdefault(key, []).append(parameter)
+        scale = layer_decay ** (len(levels) - level_of.get(id(parameter), len(levels)))
+        groups.setdefault((0.0 if plain else weight_decay, scale), []).append(parameter)
     return [
-        {"params": members, "weight_decay": decay, "scale": layer_decay ** (len(levels) - at)}
-        for (decay, at), members in groups.items()
+        {"params": members, "weight_decay": decay, "scale": scale}
+        for (decay, scale), members in groups.items()
     ]
 
 
@@ -235,6 +235,7 @@ class Trainer:
         faster = trial.compiled(machine, model, try_out, self._share) if compile else model
         self.model: Any = machine.fabric.setup_module(faster)
         self._bare = model
+        self._parameters = list(model.parameters())  # walking through the modules takes its time
         self._paths = whole_batch.drop_paths(model)
         self._statistics = whole_batch.statistics(model)
 
@@ -342,7 +343,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         mean = machine.mean(self._loss)
-        norm = nn.utils.clip_grad_norm_(self._bare.parameters(), settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._parameters, settings.clip_norm)
         good = self._judge(mean, norm)
         self.optimizer.found_inf = (~good).float()  # AdamW's fused kernel then changes nothing
         self.optimizer.step()
@@ -354,6 +355,7 @@ class Trainer:
         if self.step % self._log_every == 0 or self.epoch_ended:
             self._log_figures(rate)
             self._look_at_skipped()
+        self._updated_at = time.monotonic()
 
     def save_if_due(self, best: float | None = None) -> None:
         """A checkpoint at an epoch's end, every checkpoint_every_s seconds, and when asked to stop.
@@ -380,7 +382,7 @@ class Trainer:
             self._note(f"stopped at step {self.step} of {self.steps}, saved")
             self.machine.leave()
             raise SystemExit(143)
-        self._pause(now)
+        self._pause(self._updated_at)
 
     def validation(
         self, tiles: SelectedTiles, size: int
@@ -531,7 +533,8 @@ class Trainer:
     # The steps
 
     def _begin_step(self) -> None:
-        self._bare.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         self._loss = torch.zeros((), device=self.machine.device)
         self._before = [buffer.clone() for buffer in self._statistics]
         # For whatever else may draw; all that we know of is drawn from `random`.
