@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace with its own servers, which the tests below share, one after the other."""
     made = init(tmp_path_factory.mktemp("chain") / "workspace")
     ports = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
-    config.edit(made.params_file, TINY | ports)
+    config.edit(made.params_file, TINY | ports | {"gate.scene.max_drop": 1.0})
     yield made
     ringmo(made, "down")
     assert not [p for p in psutil.process_iter() if str(made.root) in " ".join(_command_line(p))], (

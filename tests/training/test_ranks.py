@@ -63,7 +63,7 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
     for name in ("train/loss", "val/loss", "knn/accuracy"):
         single, double = losses(one, name), losses(two, name)
         assert len(single) == {"train/loss": 21, "val/loss": 7, "knn/accuracy": 2}[name]
-        np.testing.assert_allclose(double, single, rtol=1e-4)
+        np.testing.assert_allclose(double, single, rtol=1e-3)
     assert losses(one, "train/loss")[-1] < 0.9 * losses(one, "train/loss")[0], "it never learnt"
     single, double = (
         load_file(w.work("pretrain") / "encoder" / "model.safetensors") for w in (one, two)
