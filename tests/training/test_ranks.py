@@ -72,7 +72,7 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
     variances = [name for name in single if name.endswith("running_var")]
     assert len(variances) == 3
     for name in [*variances, "example.answer"]:
-        torch.testing.assert_close(double[name], single[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(double[name], single[name], rtol=1e-3, atol=1e-3)
     # BatchNorm takes away the bias before it, so that its gradient is mere rounding, of which Adam
     # makes whole steps: the means agree but for these.
     for name in variances:
