@@ -51,7 +51,7 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
         "pretrain__epochs": 7,
         "pretrain__accumulate": 2,
         "pretrain__drop_path": 0.3,
-        "pretrain__base_lr": 0.05,
+        "pretrain__base_lr": 0.01,
     }
     one = filled(tmp_path / "one", **values)
     two = filled(tmp_path / "two", **values, hardware__devices=2, hardware__accelerator="cpu")
@@ -63,8 +63,8 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
     for name in ("train/loss", "val/loss", "knn/accuracy"):
         single, double = losses(one, name), losses(two, name)
         assert len(single) == {"train/loss": 21, "val/loss": 7, "knn/accuracy": 2}[name]
-        np.testing.assert_allclose(double, single, rtol=1e-3)
-    assert losses(one, "train/loss")[-1] < 0.9 * losses(one, "train/loss")[0], "it never learnt"
+        np.testing.assert_allclose(double, single, rtol=1e-4)
+    assert losses(one, "train/loss")[-1] < 0.95 * losses(one, "train/loss")[0], "it never learnt"
     single, double = (
         load_file(w.work("pretrain") / "encoder" / "model.safetensors") for w in (one, two)
     )
@@ -72,7 +72,7 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
     variances = [name for name in single if name.endswith("running_var")]
     assert len(variances) == 3
     for name in [*variances, "example.answer"]:
-        torch.testing.assert_close(double[name], single[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(double[name], single[name], rtol=1e-3, atol=1e-4)
     # BatchNorm takes away the bias before it, so that its gradient is mere rounding, of which Adam
     # makes whole steps: the means agree but for these.
     for name in variances:
