@@ -79,6 +79,8 @@ class Validate(Section):
     max_blank_share: Share = 0.01
     max_nodata_share: Share = 0.5
     retired_classes: list[str] = []
+    max_share_change: Share = 0.1
+    soft: list[str] = ["class_shares"]
 
 
 class Select(Section):

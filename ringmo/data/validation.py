@@ -101,6 +101,13 @@ def rules(config: Config) -> list[Rule]:
             allowed=(False,),
             of_classes=True,
         ),
+        Rule(
+            "class_shares",
+            f"no class's share has moved by more than {v.max_share_change:.0%} of the samples",
+            "share_change",
+            high=v.max_share_change,
+            of_classes=True,
+        ),
     ]
 
 
@@ -120,6 +127,12 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
     }
     verdicts: list[dict[str, Any]] = []
     every = rules(config)
+    soft = set(config.validate_.soft)
+    if unknown := soft - {rule.name for rule in every}:
+        raise BadInput(
+            f"validate.soft: no rule is called {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(rule.name for rule in every)}"
+        )
     failed = _expect(every, tables, out / "docs")
     for rule in every:
         bad = failed[rule.name]
@@ -129,17 +142,26 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
                 "rule": rule.name,
                 "says": rule.says,
                 "ok": not bad,
+                "soft": rule.name in soft,
                 "failed_rows": len(bad),
                 "first": [str(name) for name in rows["name"].head(NAMED)],
             }
         )
-    broken = [verdict for verdict in verdicts if not verdict["ok"]]
+    broken = [v for v in verdicts if not v["ok"] and not v["soft"]]
+    warned = [v for v in verdicts if not v["ok"] and v["soft"]]
     write_json(out / "verdict.json", {"ok": not broken, "rules": verdicts})
     report = Report("validate")
     report.figures = {"tiles": len(manifest), "rules": len(every), "broken": len(broken)}
+    report.figures["warnings"] = len(warned)
     report.tables["rules"] = [
-        {"rule": v["says"], "ok": v["ok"], "failed_rows": v["failed_rows"]} for v in verdicts
+        {"rule": v["says"], "ok": v["ok"], "soft": v["soft"], "failed_rows": v["failed_rows"]}
+        for v in verdicts
     ]
+    for v in warned:
+        console.note(
+            f"validate: warning: {v['says']} ({v['rule']}): broken by {v['failed_rows']} "
+            f"({', '.join(v['first'])})"
+        )
     if broken:
         first = broken[0]
         more = f"; also broken: {', '.join(v['rule'] for v in broken[1:])}" if broken[1:] else ""
@@ -148,7 +170,8 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
             f"{first['failed_rows']} ({', '.join(first['first'])}){more}; "
             f"see {workspace.work('validate') / 'docs' / 'index.html'}"
         )
-    console.note(f"validate: {len(manifest)} tiles pass all {len(every)} rules")
+    passed = f"{len(every) - len(warned)} of {len(every)}" if warned else f"all {len(every)}"
+    console.note(f"validate: {len(manifest)} tiles pass {passed} rules")
     return report
 
 
@@ -184,8 +207,12 @@ def _class_facts(manifest: "pandas.DataFrame", root: Path, config: Config) -> "p
 
     rule = config.validate_
     labelled = manifest[manifest["label"].notna()]
-    before = _classes_before(root, rule.min_per_class) - set(rule.retired_classes)
+    earlier = _counts_before(root)
+    before = {
+        name for counts in earlier for name, count in counts.items() if count >= rule.min_per_class
+    } - set(rule.retired_classes)
     lost = before - set(labelled["label"])
+    moved = _share_changes(dict(labelled["label"].value_counts()), earlier[-1] if earlier else {})
     labelled = labelled[labelled["sensor"] == config.select.sensor]
     names = sorted(set(labelled["label"]) | lost)
     split = labelled.groupby(["label", "split"]).size()
@@ -196,25 +223,40 @@ def _class_facts(manifest: "pandas.DataFrame", root: Path, config: Config) -> "p
         # What has vanished breaks that rule alone.
         filled = dict.fromkeys(SPLITS, 1) if vanished else counts
         samples = None if vanished else sum(counts.values())
-        rows.append({"name": name, "samples": samples, "vanished": vanished, **filled})
-    frame = pd.DataFrame(rows, columns=["name", "samples", "vanished", *SPLITS])
-    frame["samples"] = frame["samples"].astype(float)
-    return frame
+        rows.append(
+            {
+                "name": name,
+                "samples": samples,
+                "vanished": vanished,
+                "share_change": moved.get(name),
+                **filled,
+            }
+        )
+    frame = pd.DataFrame(rows, columns=["name", "samples", "vanished", "share_change", *SPLITS])
+    return frame.astype({"samples": float, "share_change": float})
 
 
-def _classes_before(root: Path, least: int) -> set[str]:
-    """Classes of every ingest from the same sources before the present one.
+def _share_changes(now: dict[str, int], before: dict[str, int]) -> dict[str, float]:
+    """By how much each class's share of the samples has moved, among the classes of both."""
+    common = [name for name in now if before.get(name)]
+    whole, whole_before = sum(now[name] for name in common), sum(before[name] for name in common)
+    return {name: abs(now[name] / whole - before[name] / whole_before) for name in common}
 
-    Of every one, not of the last: a second ingest must not hide what the first has lost. One with
-    fewer samples than `least` never passed, so that taking it out again loses nothing.
+
+def _counts_before(root: Path) -> list[dict[str, int]]:
+    """Samples a class in every ingest from the same sources before the present one, oldest first.
+
+    What may not vanish is asked of every one, not of the last: a second ingest must not hide what
+    the first has lost. A class with fewer samples than the rule asks for never passed, so that
+    taking it out again loses nothing.
     """
     try:
         ingests = json.loads((root / store.HISTORY).read_text())["ingests"]
         earlier = [e["classes"] for e in ingests[:-1] if e["sources"] == ingests[-1]["sources"]]
-        return {name for classes in earlier for name, count in classes.items() if count >= least}
+        return [{name: int(count) for name, count in classes.items()} for classes in earlier]
     except FileNotFoundError:
-        return set()
-    except (ValueError, KeyError, IndexError, TypeError):
+        return []
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise BadInput(
             f"{root / store.HISTORY} is damaged: bring it back with `dvc checkout`"
         ) from None

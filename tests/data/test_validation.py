@@ -141,6 +141,32 @@ def test_vanished_class_is_a_refusal_until_it_is_retired(run, workspace, tmp_pat
     assert run_stage(workspace, "validate", lambda out: validate(config, workspace, out)).ok
 
 
+def test_a_soft_rule_warns_and_a_hard_one_stops(run, workspace, tmp_path, capsys):
+    from ringmo import config as params
+
+    source = class_folders(tmp_path / "in", each=12)
+    run(source)
+    for i in range(20):
+        write(source / "class1" / f"more{i}.jpg", 700 + i)
+    write(source / "new" / "first.jpg", 900)  # a class that is new moves no other one's share
+    run(source)
+
+    def judge_now(soft: list[str]) -> Any:
+        params.edit(workspace.params_file, {"validate.soft": soft, "validate.min_per_class": 1})
+        config = Config.load(workspace.params_file)
+        return run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
+
+    # 12 of 36 samples were class1; now 32 of 56, without the new one's.
+    report = judge_now(["class_shares", "tests", "trains"])
+    assert (report.figures["warnings"], report.figures["broken"]) == (2, 0)
+    assert "class_shares" in broken(workspace)
+    assert "warning: no class's share has moved" in capsys.readouterr().err
+    with pytest.raises(AnswerIsNo, match=r"\(class_shares\): broken by 3 "):
+        judge_now(["tests", "trains"])
+    with pytest.raises(BadInput, match="no rule is called clas_shares; there are known_sensor"):
+        judge_now(["clas_shares"])
+
+
 def test_a_place_seen_by_three_sensors_is_one_sample_of_its_class(run, workspace, tmp_path):
     from ringmo import config as params
 
