@@ -52,12 +52,17 @@ class Sensor(Section):
         return self
 
     @property
-    def shown(self) -> list[int]:
-        """The bands that a picture shows as red, green and blue, or the one it shows as grey."""
+    def visible(self) -> list[int] | None:
+        """The red, green and blue bands; None where the sensor has not all three."""
         for colours in (["red", "green", "blue"], ["B04", "B03", "B02"]):
             if set(colours) <= set(self.bands):
                 return [self.bands.index(name) for name in colours]
-        return [0, 1, 2] if len(self.bands) >= 3 else [0]
+        return None
+
+    @property
+    def shown(self) -> list[int]:
+        """The bands that a picture shows as red, green and blue, or the one it shows as grey."""
+        return self.visible or ([0, 1, 2] if len(self.bands) >= 3 else [0])
 
 
 class Split(Section):
@@ -78,9 +83,10 @@ class Validate(Section):
     min_std: float = Field(2.0, ge=0)
     max_blank_share: Share = 0.01
     max_nodata_share: Share = 0.5
+    max_cloud_share: Share = 0.8
     retired_classes: list[str] = []
     max_share_change: Share = 0.1
-    soft: list[str] = ["class_shares"]
+    soft: list[str] = ["cloud", "class_shares"]
 
 
 class Select(Section):

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from ringmo.config import Sensor
 from ringmo.data.decode import Pixels
 
+CLOUD_BLOCK = 8  # pixels
+CLOUD_8_BIT = 190  # of 255: brighter than fields and roads, in pictures as they are published
+CLOUD_COLOUR = 0.2  # by which the visible bands of a white block differ at most, of the highest
 THUMBNAIL = 32  # pixels; what the perceptual hash and the second look at near-duplicates see
 
 
@@ -17,7 +20,8 @@ THUMBNAIL = 32  # pixels; what the perceptual hash and the second look at near-d
 class Measures:
     """Columns of the manifest; mean and std over the valid pixels of all bands.
 
-    In 8-bit steps for every dtype, so that one threshold tells what is blank: pixels of more
+    `band_means` and `band_stds` are of the values as they are, over the valid pixels; the others
+    are in 8-bit steps for every dtype, so that one threshold tells what is blank: pixels of more
     than 8 bits are scaled (`eight_bit`), and their std is the deviation within the bands, whose
     levels differ by nature.
     """
@@ -29,6 +33,9 @@ class Measures:
     entropy: float
     sharpness: float
     phash: str
+    cloud_share: float
+    band_means: list[float]
+    band_stds: list[float]
 
 
 def measure(
@@ -46,35 +53,96 @@ def measure(
         if sensor is None:
             raise ValueError(f"measures of {pixels.dtype} need the sensor")
         pixels = eight_bit(pixels, sensor)
-    values = pixels if valid is None else pixels[valid]
-    if values.size == 0:
-        return Measures(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, f"{0:016x}")
     bands = pixels.shape[2]
+    if valid is not None and not valid.any():
+        nothing = [math.nan] * bands
+        return Measures(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, f"{0:016x}", math.nan, nothing, nothing)
+    values = pixels if valid is None else pixels[valid]
     at_end = (values - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both ends
     saturated = np.logical_and.reduce([at_end[..., band] for band in range(bands)]).mean()
-    counts = np.bincount(values.ravel(), minlength=256)
+    counts = _histograms(pixels, valid)
     levels = np.arange(256)
-    mean = float(counts @ levels / values.size)
+    size = counts.sum() / bands
+    means = counts @ levels / size
+    variances = counts @ levels**2 / size - means**2
+    mean = float(means.mean())
     if plain.dtype == np.uint8:
-        variance = float(counts @ (levels - mean) ** 2 / values.size)
+        variance = float((variances + means**2).mean() - mean**2)
+        band_means, band_stds = means, np.sqrt(variances.clip(0))
     else:
-        flat = values.reshape(-1, bands)
-        variance = float(np.mean([flat[:, band].var(dtype=np.float64) for band in range(bands)]))
+        variance = float(variances.mean())
+        seen = plain.reshape(-1, bands) if valid is None else plain[valid]
+        band_means = seen.mean(axis=0, dtype=np.float64)
+        band_stds = seen.std(axis=0, dtype=np.float64)
 
     shade = grey(pixels)
-    histogram = np.bincount((shade if valid is None else shade[valid]).ravel(), minlength=256)
+    histogram = _histograms(shade[..., None], valid)[0]
     shares = histogram[histogram > 0] / histogram.sum()
     return Measures(
         nodata_share=0.0 if valid is None else round(1 - float(valid.mean()), 6),
         saturated_share=round(float(saturated), 6),
         mean=round(mean, 4),
-        std=round(math.sqrt(variance), 4),
+        std=round(math.sqrt(max(variance, 0)), 4),
         entropy=round(float(abs(shares @ np.log2(shares))), 4),
         sharpness=round(_laplacian_variance(shade), 4),
         # Of the pixels as they are: a hash needs an order of values, no scale, and 8 bits of a
         # sensor's whole range leave few for one scene.
         phash=perceptual_hash(shade if plain.dtype == np.uint8 else grey(plain)),
+        cloud_share=math.nan if sensor is None else cloud_share(plain, valid, sensor),
+        band_means=[round(float(value), 4) for value in band_means],
+        band_stds=[round(float(value), 4) for value in band_stds],
     )
+
+
+def _block_means(pixels: Pixels | NDArray[np.bool_]) -> NDArray[np.float32]:
+    height, width, bands = pixels.shape
+    if pixels.dtype == np.uint8 and bands == 3:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(pixels).reduce(CLOUD_BLOCK), np.float32)
+    shape = height // CLOUD_BLOCK, CLOUD_BLOCK, width // CLOUD_BLOCK, CLOUD_BLOCK, bands
+    return np.asarray(pixels.reshape(shape).mean(axis=(1, 3), dtype=np.float32))
+
+
+def _histograms(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    """Counts of the 256 values in each band of (H, W, C), where valid: (C, 256)."""
+    from PIL import Image
+
+    mask = None if valid is None else Image.fromarray(valid.astype(np.uint8) * 255)
+    images = (
+        [Image.fromarray(pixels)]
+        if pixels.shape[2] == 3
+        else [Image.fromarray(pixels[..., band]) for band in range(pixels.shape[2])]
+    )
+    return np.array([image.histogram(mask) for image in images]).reshape(-1, 256)
+
+
+def cloud_share(pixels: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor) -> float:
+    """Share of a tile that is broad, bright and white as clouds are: an estimate, 0 to 1.
+
+    Of blocks of CLOUD_BLOCK pixels, so that a bright roof is none; snow, salt and large roofs of
+    concrete are. Bright and white are what Fmask's first tests ask for (Zhu & Woodcock 2012),
+    with the sensor's own range in place of reflectances, which pictures of 8 bits do not have.
+    NaN where the sensor has no red, green and blue.
+    """
+    if sensor.visible is None:
+        return math.nan
+    height, width = (side // CLOUD_BLOCK * CLOUD_BLOCK for side in pixels.shape[:2])
+    if not height or not width:
+        return math.nan
+    seen = pixels[:height, :width]
+    if sensor.visible != [0, 1, 2] or pixels.shape[2] != 3:
+        seen = seen[..., sensor.visible]
+    colour = _block_means(seen)
+    mean = np.array(sensor.mean, np.float32)[sensor.visible]
+    std = np.array(sensor.std, np.float32)[sensor.visible]
+    floor = np.full(3, CLOUD_8_BIT) if pixels.dtype == np.uint8 else mean + std / 2
+    low, high = colour.min(axis=2), colour.max(axis=2)
+    cloud = (colour > floor).all(axis=2) & (high - low < CLOUD_COLOUR * high)
+    if valid is None:
+        return round(float(cloud.mean()), 6)
+    whole = _block_means(valid[:height, :width, None])[..., 0] == 1
+    return round(float(cloud[whole].mean()), 6) if whole.any() else math.nan
 
 
 def eight_bit(pixels: Pixels, sensor: Sensor) -> NDArray[np.uint8]:

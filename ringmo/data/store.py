@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-SCHEMA = 1
+SCHEMA = 2
 SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
@@ -61,14 +61,20 @@ COLUMNS = {
     "label": "string",
     "generated": "bool_",
     "ingest": "int32",  # ordinal of the ingest that added the tile
+    "cloud_share": "float64",  # an estimate; NaN where the sensor has no visible bands
+    "band_means": "floats",  # one a band, of the values as they are, over pixels with data
+    "band_stds": "floats",
 }
+# Schema → the columns it brought: what an older table lacks is read as missing.
+ADDED = {2: ("cloud_share", "band_means", "band_stds")}
 
 
 def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
     """Arrow schema of `columns`, carrying the schema version."""
     import pyarrow as pa
 
-    fields = [pa.field(name, getattr(pa, form)()) for name, form in columns.items()]
+    forms = {"floats": pa.list_(pa.float64())}
+    fields = [pa.field(n, forms.get(f) or getattr(pa, f)()) for n, f in columns.items()]
     return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA).encode()})
 
 
@@ -107,7 +113,7 @@ def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.Data
     """A table that `write_table` wrote.
 
     Raises:
-        BadInput: missing, damaged, or of another schema; ends in `remedy`.
+        BadInput: missing, damaged, or of a later schema; ends in `remedy`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -120,9 +126,17 @@ def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.Data
         what = str(error).split("\n")[0][:120]
         raise BadInput(f"{path} is damaged ({what}): {remedy}") from None
     version = (table.schema.metadata or {}).get(SCHEMA_KEY, b"none").decode()
-    if version != str(SCHEMA):
-        raise BadInput(f"{path} has schema {version}, this version reads {SCHEMA}: {remedy}")
-    if not table.schema.equals(arrow_schema(columns), check_metadata=False):
+    if version not in {str(number) for number in range(1, SCHEMA + 1)}:
+        raise BadInput(f"{path} has schema {version}, this version reads up to {SCHEMA}: {remedy}")
+    wanted = arrow_schema(columns)
+    for number in range(int(version) + 1, SCHEMA + 1):
+        for name in ADDED[number]:
+            if name in columns:
+                field = wanted.field(name)
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+    if set(table.schema.names) == set(columns):
+        table = table.select(list(columns))
+    if not table.schema.equals(wanted, check_metadata=False):
         different = sorted(set(table.schema.names) ^ set(columns)) or "types"
         raise BadInput(f"{path} has other columns ({different}): {remedy}")
     frame: pandas.DataFrame = table.to_pandas()

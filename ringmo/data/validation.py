@@ -84,6 +84,12 @@ def rules(config: Config) -> list[Rule]:
             low=v.min_std,
             mostly=1 - v.max_blank_share,
         ),
+        Rule(
+            "cloud",
+            f"at most {v.max_cloud_share:.0%} of a tile looks like cloud",
+            "cloud_share",
+            high=v.max_cloud_share,
+        ),
         Rule("named_labels", "a label is a name, not blank", "label_named", allowed=(True,)),
         Rule(
             "samples",

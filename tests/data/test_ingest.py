@@ -18,7 +18,7 @@ from PIL import Image
 from small_imagery import class_folders, encoded, geotiff, pixels, tree, write
 
 from ringmo.data.decode import decode
-from ringmo.data.store import MANIFEST, QUARANTINE, TileStore
+from ringmo.data.store import ADDED, MANIFEST, QUARANTINE, TileStore
 from ringmo.errors import BadInput
 
 
@@ -348,3 +348,24 @@ def test_a_list_is_ingested_and_what_it_names_in_vain_is_set_aside(
     assert run(source).figures["new_tiles"] == 4
     after = manifest().set_index("key").loc[before.index]
     assert (after[["place", "split", "shard"]] == before[["place", "split", "shard"]]).all(None)
+
+
+def test_a_store_of_the_first_schema_is_measured_anew_and_keeps_its_splits(
+    run, workspace, manifest, tmp_path
+):
+    import pyarrow.parquet as pq
+
+    source = class_folders(tmp_path / "in", each=4)
+    run(source)
+    now = manifest()
+    path = workspace.store / MANIFEST
+    table = pq.read_table(path)
+    metadata = {**table.schema.metadata, b"ringmo.schema": b"1"}
+    for columns in ADDED.values():
+        table = table.drop_columns(list(columns))
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    (workspace.state / "scan.parquet").unlink()  # an older one has other settings
+    assert list(manifest().columns) == list(now.columns)
+    assert manifest()["cloud_share"].isna().all()
+    run(source)
+    assert manifest().equals(now)

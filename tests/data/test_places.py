@@ -254,6 +254,40 @@ def test_measures_of_8_bit_pixels_are_what_they_always_were():
     assert (six.sharpness, six.phash) == (114.6001, "b7fcf2c4f0c70038")
 
 
+def test_band_statistics_are_of_the_values_as_they_are():
+    sensors = Config.load(template() / "params.yaml").sensors
+    rgb = np.dstack([np.full((40, 48), level, np.uint8) for level in (10, 20, 30)])
+    rgb[:20] += 2
+    found = measure(rgb, None, sensors["rgb"])
+    assert (found.band_means, found.band_stds) == ([11, 21, 31], [1, 1, 1])
+    valid = np.ones((40, 48), bool)
+    valid[:20] = False
+    assert measure(rgb, valid, sensors["rgb"]).band_means == [10, 20, 30]
+    radar = np.random.default_rng(1).normal(-11, 3, (40, 48, 2)).astype(np.float32)
+    found = measure(radar, None, sensors["s1"])
+    assert found.band_means == pytest.approx(radar.mean((0, 1)), abs=1e-3)
+    assert found.band_stds == pytest.approx(radar.std((0, 1)), abs=1e-3)
+    assert np.isnan(found.cloud_share)  # radar sees through
+
+
+def test_cloud_is_broad_and_white():
+    sensors = Config.load(template() / "params.yaml").sensors
+    field = np.full((64, 64, 3), (70, 110, 60), np.uint8)
+    cloudy = field.copy()
+    cloudy[:32] = 230
+    roofs = field.copy()
+    roofs[4::16, 4::16] = 250
+    sand = np.full((64, 64, 3), (250, 230, 195), np.uint8)
+    shares = [measure(p, None, sensors["rgb"]).cloud_share for p in (field, cloudy, roofs, sand)]
+    assert shares == [0, 0.5, 0, 0]
+    optical = np.full((64, 64, 12), 900, np.int16)
+    optical[:16] = 6000
+    assert measure(optical, None, sensors["s2l2a"]).cloud_share == 0.25
+    valid = np.zeros((64, 64), bool)
+    valid[:32] = True
+    assert measure(optical, valid, sensors["s2l2a"]).cloud_share == 0.5
+
+
 def test_measures_know_blank_saturated_and_missing():
     flat = measure(np.full((20, 20, 3), 7, np.uint8))
     assert (flat.std, flat.entropy, flat.sharpness, flat.mean) == (0, 0, 0, 7)

@@ -215,7 +215,7 @@ def test_unreadable_manifest_is_bad_input(damage, run, workspace, manifest, tmp_
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-300])
     elif damage == "other schema":
-        store.write_table(path, tiles, store.COLUMNS, {"schema": 2})
+        store.write_table(path, tiles, store.COLUMNS, {"schema": store.SCHEMA + 1})
     else:
         store.write_table(path, tiles, {"key": "string"})
     config = Config.load(workspace.params_file)
