@@ -255,7 +255,7 @@ def test_measures_of_8_bit_pixels_are_what_they_always_were():
 
 
 def test_band_statistics_are_of_the_values_as_they_are():
-    sensors = Config.load(template() / "params.yaml").sensors
+    sensors = Config.load(template("params.yaml")).sensors
     rgb = np.dstack([np.full((40, 48), level, np.uint8) for level in (10, 20, 30)])
     rgb[:20] += 2
     found = measure(rgb, None, sensors["rgb"])
@@ -271,7 +271,7 @@ def test_band_statistics_are_of_the_values_as_they_are():
 
 
 def test_cloud_is_broad_and_white():
-    sensors = Config.load(template() / "params.yaml").sensors
+    sensors = Config.load(template("params.yaml")).sensors
     field = np.full((64, 64, 3), (70, 110, 60), np.uint8)
     cloudy = field.copy()
     cloudy[:32] = 230
