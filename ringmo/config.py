@@ -22,13 +22,30 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class About(Section):
+    """What is said of one source because its files do not say it."""
+
+    sensor: str | None = None
+    layout: Literal["auto", "classes", "masks", "change", "voc", "dota", "fair1m", "vectors"] = (
+        "auto"
+    )
+    masks: str = "auto"
+    vector_class: str | None = None
+
+
 class Ingest(Section):
     sources: list[str] = Field(min_length=1)
+    about: dict[str, About] = {}
+    mask_codings: dict[str, dict[str, int | list[int]]] = {}
+    dask: str | None = None
+    workers: Literal["auto"] | Positive = "auto"
     labels: Literal["auto", "none"] = "auto"
     include: list[str] = Field(["*"], min_length=1)
     exclude: list[str] = []
     endpoint: str | None = None
     tile_size: int = Field(256, ge=16, le=4096)
+    stride: Annotated[int, Field(ge=1, le=4096)] | None = None
+    gsd_m: Annotated[float, Field(gt=0)] | None = None
     max_nodata_share: Share = 0.5
     max_bad_share: Share = 0.1
     shard_mb: float = Field(64, gt=0)

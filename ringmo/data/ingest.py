@@ -492,6 +492,7 @@ def _row(content: str, name: str, sensor: Sensor, tile: scenes.Tile) -> Row:
         "acquired": tile.acquired,
         **asdict(measure(tile.pixels, tile.valid, sensor)),
         "content_hash": store.sha256(tile.data),
+        **store.ADDED[3],
     }
 
 

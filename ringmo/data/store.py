@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-SCHEMA = 2
+SCHEMA = 3
 SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
@@ -64,16 +64,46 @@ COLUMNS = {
     "cloud_share": "float64",  # an estimate; NaN where the sensor has no visible bands
     "band_means": "floats",  # one a band, of the values as they are, over pixels with data
     "band_stds": "floats",
+    "scale": "float64",  # source pixels that a tile's pixel stands for; row and col are the tile's
+    "second": "string",  # key of the tile of the same ground at a later date, of a change pair
+    # Labels are members of their own: a corrected one is written anew, its image is not.
+    "mask_shard": "string",  # a PNG of one byte a pixel: the class's number, 255 where unknown
+    "mask_offset": "int64",
+    "mask_size": "int64",  # 0 where there is none
+    "mask_hash": "string",
+    "mask_width": "int32",  # pixels
+    "mask_height": "int32",
+    "mask_coding": "string",  # what its numbers mean: a name in classes.json
+    "mask_counts": "ints",  # pixels of each number, from 0 to the highest there is; 255's last
+    "boxes_shard": "string",  # JSON: class and corners in the tile's pixels
+    "boxes_offset": "int64",
+    "boxes_size": "int64",
+    "boxes_hash": "string",
+    "boxes_count": "int32",
+    "boxes_outside": "int32",  # of them, how many reach beyond the tile
+    "boxes_classes": "strings",  # of each box
 }
-# Schema → the columns it brought: what an older table lacks is read as missing.
-ADDED = {2: ("cloud_share", "band_means", "band_stds")}
+# Schema → the columns it brought, and what an older table's rows have there.
+ADDED: dict[int, dict[str, Any]] = {
+    2: dict.fromkeys(("cloud_share", "band_means", "band_stds")),
+    3: {
+        name: 1.0 if name == "scale" else 0 if COLUMNS[name].startswith("int") else None
+        for name in COLUMNS
+        if name in ("scale", "second") or name.startswith(("mask_", "boxes_"))
+    },
+}
+ADDED[3]["mask_counts"] = None
 
 
 def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
     """Arrow schema of `columns`, carrying the schema version."""
     import pyarrow as pa
 
-    forms = {"floats": pa.list_(pa.float64())}
+    forms = {
+        "floats": pa.list_(pa.float64()),
+        "ints": pa.list_(pa.int64()),
+        "strings": pa.list_(pa.string()),
+    }
     fields = [pa.field(n, forms.get(f) or getattr(pa, f)()) for n, f in columns.items()]
     return pa.schema(fields, metadata={SCHEMA_KEY: str(SCHEMA).encode()})
 
@@ -130,10 +160,11 @@ def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.Data
         raise BadInput(f"{path} has schema {version}, this version reads up to {SCHEMA}: {remedy}")
     wanted = arrow_schema(columns)
     for number in range(int(version) + 1, SCHEMA + 1):
-        for name in ADDED[number]:
+        for name, value in ADDED[number].items():
             if name in columns:
                 field = wanted.field(name)
-                table = table.append_column(field, pa.nulls(len(table), field.type))
+                filled = pa.repeat(pa.scalar(value, field.type), len(table))
+                table = table.append_column(field, filled)
     if set(table.schema.names) == set(columns):
         table = table.select(list(columns))
     if not table.schema.equals(wanted, check_metadata=False):
