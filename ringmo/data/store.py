@@ -23,6 +23,8 @@ SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
 HISTORY = "history.json"
+CLASSES = "classes.json"  # coding of masks → number → class
+DECISIONS = "decisions.json"  # what a person set aside, or put back
 RETIRED = "retired.parquet"  # tiles whose source left: if it returns, so do their split and bytes
 
 # Column → Arrow type. Text that may be missing is null (NaN in pandas).
@@ -83,6 +85,12 @@ COLUMNS = {
     "boxes_outside": "int32",  # of them, how many reach beyond the tile
     "boxes_classes": "strings",  # of each box
 }
+QUARANTINE_COLUMNS = {
+    "source": "string",
+    "source_root": "string",
+    "reason": "string",
+    "key": "string",  # of a tile; null for a file that could not be used
+}
 # Schema → the columns it brought, and what an older table's rows have there.
 ADDED: dict[int, dict[str, Any]] = {
     2: dict.fromkeys(("cloud_share", "band_means", "band_stds")),
@@ -90,9 +98,12 @@ ADDED: dict[int, dict[str, Any]] = {
         name: 1.0 if name == "scale" else 0 if COLUMNS[name].startswith("int") else None
         for name in COLUMNS
         if name in ("scale", "second") or name.startswith(("mask_", "boxes_"))
-    },
+    }
+    | {"key": None},  # of quarantine.parquet
 }
 ADDED[3]["mask_counts"] = None
+# The columns of a tile's mask and boxes, where it has none.
+NO_LABELS = {n: value for n, value in ADDED[3].items() if n.startswith(("mask_", "boxes_"))}
 
 
 def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
@@ -111,7 +122,7 @@ def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
 def write_table(
     path: Path, rows: Any, columns: dict[str, str], facts: dict[str, int] | None = None
 ) -> None:
-    """Rows (dicts, or a DataFrame) to Parquet: whole or not at all, and the same bytes again.
+    """Rows (dicts, a DataFrame, an Arrow table) to Parquet: whole or not at all, the same bytes again.
 
     Pages carry checksums, so that a flipped bit is an error when the file is read. `facts` go
     into the metadata under the prefix `ringmo.`.
@@ -121,7 +132,9 @@ def write_table(
     import pyarrow.parquet as pq
 
     schema = arrow_schema(columns)
-    if isinstance(rows, pd.DataFrame):
+    if isinstance(rows, pa.Table):
+        table = rows.select(list(columns)).cast(schema).replace_schema_metadata(schema.metadata)
+    elif isinstance(rows, pd.DataFrame):
         table = pa.Table.from_pandas(rows[list(columns)], schema=schema, preserve_index=False)
         table = table.replace_schema_metadata(schema.metadata)
     else:
@@ -140,10 +153,20 @@ def write_table(
 
 
 def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.DataFrame":
-    """A table that `write_table` wrote.
+    """A table that `write_table` wrote, as a DataFrame.
 
     Raises:
         BadInput: missing, damaged, or of a later schema; ends in `remedy`.
+    """
+    frame: pandas.DataFrame = read_arrow(path, columns, remedy).to_pandas()
+    return frame
+
+
+def read_arrow(path: Path, columns: dict[str, str], remedy: str) -> "pyarrow.Table":
+    """A table that `write_table` wrote, each column in one piece.
+
+    Raises:
+        BadInput: as `read_table`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -161,7 +184,7 @@ def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.Data
     wanted = arrow_schema(columns)
     for number in range(int(version) + 1, SCHEMA + 1):
         for name, value in ADDED[number].items():
-            if name in columns:
+            if name in columns and name not in table.schema.names:
                 field = wanted.field(name)
                 filled = pa.repeat(pa.scalar(value, field.type), len(table))
                 table = table.append_column(field, filled)
@@ -170,8 +193,7 @@ def read_table(path: Path, columns: dict[str, str], remedy: str) -> "pandas.Data
     if not table.schema.equals(wanted, check_metadata=False):
         different = sorted(set(table.schema.names) ^ set(columns)) or "types"
         raise BadInput(f"{path} has other columns ({different}): {remedy}")
-    frame: pandas.DataFrame = table.to_pandas()
-    return frame
+    return table.cast(wanted).combine_chunks()
 
 
 def read_facts(path: Path) -> dict[str, int]:
@@ -279,19 +301,32 @@ class ShardWriter:
 
     def add(self, member: str, data: bytes) -> tuple[str, int]:
         """Shard name and offset of the bytes just appended."""
-        if self._file is None or self.sizes[-1] >= self.limit:
+        self._open().write(segment(member, data))
+        offset = self.sizes[-1] + tarfile.BLOCKSIZE
+        self.sizes[-1] = self._open(same=True).tell()
+        return self._final(len(self.sizes) - 1).name, offset
+
+    def copy(self, source: int, start: int, end: int) -> tuple[str, int]:
+        """`add` of a member that lies in an open file as the bytes of `segment`, copied there."""
+        target = self._open()
+        target.flush()
+        while start < end:
+            copied = os.sendfile(target.fileno(), source, start, end - start)
+            if not copied:
+                raise OSError(f"{end - start} bytes are missing of what was read for the store")
+            start += copied
+        target.seek(0, os.SEEK_END)
+        offset = self.sizes[-1] + tarfile.BLOCKSIZE
+        self.sizes[-1] = target.tell()
+        return self._final(len(self.sizes) - 1).name, offset
+
+    def _open(self, same: bool = False) -> BinaryIO:
+        """The shard to append to: a new one where the last is full."""
+        if self._file is None or (self.sizes[-1] >= self.limit and not same):
             self._finish()
             self.sizes.append(0)
             self._file = self._temporary(len(self.sizes) - 1).open("w+b")
-        info = tarfile.TarInfo(member)
-        info.size, info.mode = len(data), 0o644
-        header = info.tobuf(tarfile.USTAR_FORMAT)
-        self._file.write(header)
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        offset = self.sizes[-1] + len(header)
-        self.sizes[-1] = self._file.tell()
-        return self._final(len(self.sizes) - 1).name, offset
+        return self._file
 
     def read(self, shard: str, offset: int, size: int) -> bytes | None:
         """Bytes added since the start; None if the shard is an old one."""
@@ -350,6 +385,14 @@ class ShardWriter:
 
     def _temporary(self, i: int) -> Path:
         return self.root / f".{shard_name(self.first + i)}.tmp"
+
+
+def segment(member: str, data: bytes) -> bytes:
+    """A member as it lies in a shard: a header of one block, the bytes, zeros to a whole block."""
+    info = tarfile.TarInfo(member)
+    info.size, info.mode = len(data), 0o644
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return b"".join((header, data, bytes(-len(data) % tarfile.BLOCKSIZE)))
 
 
 def shard_name(number: int) -> str:

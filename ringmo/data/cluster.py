@@ -1,0 +1,137 @@
+"""Dask's door: processes that read imagery, on this machine by default or on a cluster.
+
+What little there is to read is read by this process: starting others takes longer. A cluster's
+machines must see the sources and the workspace's folder under the same paths as this one.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ringmo.errors import BadInput, RingmoError, Unreachable
+
+ANSWER_S = 20  # for which a cluster's scheduler is waited for
+
+
+class Promise(Protocol):
+    """What Dask's and Python's futures have in common."""
+
+    def done(self) -> bool: ...
+    def result(self) -> Any: ...
+
+
+class Pool:
+    """This process alone: a task is done when it is submitted."""
+
+    size = 1
+
+    def submit(self, function: Callable[..., Any], *args: Any, urgent: bool = False) -> Promise:
+        done: Future[Any] = Future()
+        done.set_result(function(*args))
+        return done
+
+    def share(self, value: Any) -> Any:
+        """What stands for `value` among the arguments of many tasks."""
+        return value
+
+    def wait(self, promises: Iterable[Promise]) -> None:
+        """Until one of them is done."""
+
+
+class DaskPool(Pool):
+    def __init__(self, client: Any, size: int) -> None:
+        self._client, self.size = client, size
+
+    def submit(self, function: Callable[..., Any], *args: Any, urgent: bool = False) -> Promise:
+        promise: Promise = self._client.submit(
+            function, *args, pure=False, priority=10 if urgent else 0
+        )
+        return promise
+
+    def share(self, value: Any) -> Any:
+        return self._client.scatter(value, broadcast=True, hash=False)
+
+    def wait(self, promises: Iterable[Promise]) -> None:
+        from distributed import wait
+
+        waiting = [promise for promise in promises if not promise.done()]
+        if waiting:
+            wait(waiting, return_when="FIRST_COMPLETED")
+
+
+@contextmanager
+def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> Iterator[Pool]:
+    """Readers for as long as the block lasts.
+
+    Args:
+        workers: processes on this machine; `auto`: one a core.
+        address: of a Dask scheduler that is used instead.
+        few: whether this process may do it alone.
+        scratch: a folder for what Dask keeps on disk.
+
+    Raises:
+        Unreachable: no cluster answers at the address, or its processes die at work.
+        BadInput: what is there is no Dask scheduler.
+    """
+    if few and address is None:
+        yield Pool()
+        return
+    import dask
+    import distributed
+
+    count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
+    quiet = {"distributed.worker.daemon": True, "distributed.admin.tick.limit": "1h"}
+    with dask.config.set(quiet):
+        if address is None:
+            with (
+                distributed.LocalCluster(
+                    n_workers=count,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address=None,
+                    # Whoever may connect may have code run: TLS with certificates of this moment.
+                    security=True,
+                    memory_limit=None,
+                    local_directory=str(scratch),
+                    silence_logs=50,
+                ) as cluster,
+                distributed.Client(cluster) as client,
+                _spoken("Dask on this machine"),
+            ):
+                yield DaskPool(client, count)
+            return
+        try:
+            client = distributed.Client(address, timeout=ANSWER_S)
+        except (OSError, TimeoutError) as error:
+            raise Unreachable(f"{address}: no Dask scheduler answers: see ingest.dask") from error
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"ingest.dask: {address}: {error}") from None
+        with client, _spoken(address):
+            threads = client.nthreads()
+            if not threads:
+                raise Unreachable(f"{address}: this Dask cluster has no worker")
+            yield DaskPool(client, sum(threads.values()))
+
+
+@contextmanager
+def _spoken(where: str) -> Iterator[None]:
+    """Dask's own errors as one line."""
+    from distributed import CancelledError, KilledWorker
+    from distributed.comm.core import CommClosedError
+
+    try:
+        yield
+    except RingmoError:
+        raise
+    except KilledWorker:
+        raise Unreachable(
+            f"{where}: reading killed its process several times: is there too little memory? "
+            f"see ingest.workers"
+        ) from None
+    except (CancelledError, CommClosedError) as error:
+        raise Unreachable(f"{where}: the cluster went away: {error}") from None
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{where}: its machines lack {error.name}: install ringmo there") from None
