@@ -74,6 +74,7 @@ class Read:
     sensor: str = ""
     tile: scenes.Tile | None = None
     row: Row | None = None
+    look: scenes.Look | None = None  # of a scene that must be cut
     large: bool = False
 
 
@@ -206,7 +207,8 @@ def _settings(config: Config) -> str:
         for name, s in config.sensors.items()
     }
     ingest = config.ingest
-    return digest(store.SCHEMA, ingest.tile_size, ingest.max_nodata_share, sensors)[:16]
+    cutting = [ingest.tile_size, ingest.stride, ingest.gsd_m, ingest.max_nodata_share]
+    return digest(store.SCHEMA, *cutting, sensors)[:16]
 
 
 def _old_store(root: Path) -> Old:
@@ -421,11 +423,12 @@ def _read_here(config: Config, image: Image, seen: Callable[[str], Outcome | Non
     if moved is not None:
         return Read(moved)
     try:
-        name, tile = scenes.read_whole(image.file, config.ingest.tile_size, config.sensors)
+        found = scenes.look(image.file, config.ingest, config.sensors)
     except BadInput as error:
         return Read(Outcome(content, str(error)))
+    name, tile = found.sensor, found.tile
     if tile is None:
-        return Read(Outcome(content), name, large=True)
+        return Read(Outcome(content), name, look=found, large=True)
     if tile.valid is not None and not tile.valid.any():
         return Read(Outcome(content, "no data in it"))
     row = _row(content, name, config.sensors[name], tile)
@@ -446,8 +449,10 @@ def _cut(
     outcome = read.outcome
     try:
         sensor = config.sensors[read.sensor]
-        tiles = scenes.cut(image.file, config.ingest.tile_size, config.ingest.max_nodata_share)
-        for tile in tiles:
+        assert read.look is not None
+        share = config.ingest.max_nodata_share
+        windows, groups = read.look.windows, read.look.groups
+        for tile in (t for a, b in groups for t in scenes.cut(image.file, windows[a:b], share)):
             row = None if tile is None else _row(outcome.hash, read.sensor, sensor, tile)
             if row is None or tile is None:
                 outcome.skipped += 1
@@ -472,6 +477,8 @@ def _row(content: str, name: str, sensor: Sensor, tile: scenes.Tile) -> Row:
     height, width, bands = tile.pixels.shape
     minx, miny, maxx, maxy = tile.bounds
     window = f"{content}:{tile.row}:{tile.col}:{height}:{width}"
+    if tile.window.scale != 1:
+        window += f":{tile.window.scale!r}"
     return {
         "key": hashlib.sha256(window.encode()).hexdigest()[:16],
         "form": tile.form,
@@ -493,6 +500,7 @@ def _row(content: str, name: str, sensor: Sensor, tile: scenes.Tile) -> Row:
         **asdict(measure(tile.pixels, tile.valid, sensor)),
         "content_hash": store.sha256(tile.data),
         **store.ADDED[3],
+        "scale": tile.window.scale,
     }
 
 
