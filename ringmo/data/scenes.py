@@ -1,24 +1,31 @@
 """Source images of any size to tiles: what fits one tile stays as it came, the rest is cut.
 
-A large scene is read in strips as high as a tile, never whole. What is wrong with an image is a
-BadInput whose text is the reason alone; ingest adds the file's name.
+A large scene is read in groups of windows of bounded size, never whole. What is wrong with an
+image is a BadInput whose text is the reason alone; ingest adds the file's name.
+
+Pixels are taken as they are: neither a file's scale and offset tags nor its overviews are looked
+at. Set aside are what is no image of brightness (a palette, one bit a pixel), what holds several
+images (pages), and what cannot be read in bounded memory (blocks of hundreds of megabytes).
 """
 
 import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmo.config import Sensor
-from ringmo.data import decode
+from ringmo.config import Ingest, Sensor
+from ringmo.data import decode, geotiff
+from ringmo.data.resampling import Side, resampled
 from ringmo.errors import BadInput
 
 # No side files read or written; a damaged JPEG is an error, not a half-grey picture.
@@ -26,13 +33,32 @@ GDAL = {
     "GDAL_PAM_ENABLED": "NO",
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
-    "GDAL_CACHEMAX": 256,
+    "GDAL_CACHEMAX": 64_000_000,  # bytes: rasterio does not read small numbers as megabytes
     "CPL_LOG": os.devnull,
 }
 DRIVERS = {"tif": "GTiff", "png": "PNG", "jpg": "JPEG"}
 # Real imagery compresses a few times, blank paper perhaps a hundred; zlib's limit is 1032.
 BOMB_BYTES, BOMB_RATIO = 256e6, 200
 METRES_PER_DEGREE = 111_320
+SAME_GSD = 0.01  # a ground sampling distance this near the wanted one, of it, is the wanted one
+# Decoded bytes that one process reads in one go (blocks narrower than the scene: the cache holds
+# what two reads share), and that it is given to read. A strip, as wide as the scene, is decoded
+# once for every group that a row of windows is parted into: there groups are larger and read as
+# a whole. An image without random access is decoded from its top for every group.
+READ_BYTES, GROUP_BYTES, STRIP_GROUP_BYTES = 16e6, 64e6, 192e6
+MAX_BLOCK_BYTES = 256e6
+BATCH_BYTES = 8e6  # of tiles that are compressed together
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A tile's place on the grid of the scene after resampling, in that grid's pixels."""
+
+    row: int
+    col: int
+    height: int
+    width: int
+    scale: float = 1.0  # source pixels a pixel of the tile stands for
 
 
 @dataclass
@@ -41,6 +67,9 @@ class Tile:
 
     In uint8 a pixel has data where the file says so; in other integers where any band has, since
     a single band's 0 may be a measurement; in floats where every band has.
+
+    The footprint `bounds` is the box about its corners, also where the scene is rotated, and of
+    an affine fit where there are only ground control points; NaN where nothing says it.
     """
 
     row: int
@@ -48,11 +77,23 @@ class Tile:
     form: str
     data: bytes
     pixels: decode.Pixels
+    window: Window
     valid: NDArray[np.bool_] | None = None
     crs: str | None = None
     bounds: tuple[float, float, float, float] = (math.nan,) * 4
     gsd_m: float = math.nan
     acquired: str | None = None
+
+
+@dataclass
+class Look:
+    """What an image is, and what is to be read of it."""
+
+    sensor: str
+    tile: Tile | None  # the whole image as its one tile; None where it is cut
+    windows: list[Window]  # in rows from the top left; empty where there is a tile
+    groups: list[tuple[int, int]]  # windows [first, last) that are read together, in order
+    size: tuple[int, int]  # the source's height and width, its own pixels
 
 
 def file_hash(path: Path) -> str:
@@ -87,8 +128,14 @@ def _bands(count: int) -> str:
     return f"{count} band{'s' if count != 1 else ''}"
 
 
-def read_whole(path: Path, tile_size: int, sensors: dict[str, Sensor]) -> tuple[str, Tile | None]:
-    """Sensor and the one tile of an image; None as the tile where the image must be cut.
+def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | None = None) -> Look:
+    """Sensor of an image, and its one tile or the windows that it must be cut into.
+
+    An image up to twice the tile size, after resampling, is one tile: its bytes as they came,
+    unless it is resampled or much larger than its pixels (overviews, waste).
+
+    Args:
+        sensor: what ingest.about says of the source.
 
     Raises:
         BadInput: unreadable, damaged, or of no sensor; the reason.
@@ -99,14 +146,59 @@ def read_whole(path: Path, tile_size: int, sensors: dict[str, Sensor]) -> tuple[
     if form is None:
         raise BadInput("not an image (JPEG, PNG and TIFF are read)" if head else "empty file")
     if form == "tif":
-        return _whole_tiff(path, tile_size, sensors)
+        with _opened(path) as file:
+            _refuse_odd(file)
+            numbers = decode.colour_bands(file)
+            names = [file.descriptions[number - 1] for number in numbers]
+            name = _sensor(len(numbers), file.dtypes[0], sensors, sensor, names)
+            scene = _Scene(path, file)
+            _refuse_bomb(path, scene.height * scene.width * scene.layout.pixel_bytes)
+            scale = scene.scale(ingest.gsd_m)
+            # What is less than a pixel at the end is left out.
+            height, width = (int(side / scale + 1e-6) for side in (scene.height, scene.width))
+            if max(height, width) <= 2 * ingest.tile_size:
+                tile = _whole(scene, Window(0, 0, height, width, scale))
+                return Look(name, tile, [], [], (scene.height, scene.width))
+            windows = _windows(height, width, ingest, scale)
+            groups = _groups(windows, scene.layout, scene.layout.group_bytes)
+            return Look(name, None, windows, groups, (scene.height, scene.width))
     width, height, bands, dtype = _header(path)
-    _refuse_bomb(path, width * height * bands)
-    sensor = sensor_of(bands, dtype, sensors)
-    if max(width, height) > 2 * tile_size:
-        return sensor, None
-    data = path.read_bytes()
-    return sensor, Tile(0, 0, form, data, decode.decode(data), _alpha(data, form))
+    pixel_bytes = bands * np.dtype(dtype).itemsize
+    _refuse_bomb(path, width * height * pixel_bytes)
+    name = _sensor(bands, dtype, sensors, sensor, [])
+    if max(width, height) <= 2 * ingest.tile_size:
+        data = path.read_bytes()
+        whole = Window(0, 0, height, width)
+        tile = Tile(0, 0, form, data, decode.decode(data), whole, _alpha(data, form))
+        return Look(name, tile, [], [], (height, width))
+    windows = _windows(height, width, ingest, 1.0)
+    layout = Layout(height, width, 1, width, pixel_bytes)
+    return Look(name, None, windows, _groups(windows, layout, layout.group_bytes), (height, width))
+
+
+def _sensor(
+    bands: int,
+    dtype: str,
+    sensors: dict[str, Sensor],
+    chosen: str | None,
+    names: Sequence[str | None],
+) -> str:
+    return sensor_of(bands, dtype, sensors)
+
+
+def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Iterator[Tile | None]:
+    """Tiles of these windows of a scene, in their order; None where too much has no data.
+
+    A tile's bytes depend on its window and the scene, not on the windows beside it.
+
+    Args:
+        windows: of `look`: one of its groups, or any of them in rows from the top left.
+
+    Raises:
+        BadInput: a part of the scene cannot be read.
+    """
+    with _opened(path) as file:
+        yield from _cut(_Scene(path, file), windows, max_nodata_share)
 
 
 def _header(path: Path) -> tuple[int, int, int, str]:
@@ -143,6 +235,25 @@ def _refuse_bomb(path: Path, raw: int) -> None:
         raise BadInput("decompression bomb: far more pixels than its bytes account for")
 
 
+def _refuse_odd(file: Any) -> None:
+    """Set aside what is no picture of brightness, or none that can be read in bounded memory."""
+    if file.colorinterp[0].name == "palette":
+        raise BadInput("colours by number, of a palette: convert it to RGB or grey")
+    if file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1":
+        raise BadInput("one bit a pixel: no imagery")
+    if len(file.subdatasets) > 1:
+        raise BadInput(f"{len(file.subdatasets)} images in one file: split it into one a file")
+    if len(set(file.dtypes)) > 1:
+        raise BadInput(f"bands of {' and '.join(sorted(set(file.dtypes)))} in one file")
+    layout = Layout.of(file)
+    block = layout.block_height * layout.block_width * layout.pixel_bytes
+    if block > MAX_BLOCK_BYTES:
+        raise BadInput(
+            f"compressed in pieces of {block / 1e6:.0f} MB: rewrite it, "
+            f"gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     import rasterio
@@ -158,108 +269,241 @@ def _opened(path: Path) -> Iterator[Any]:
         raise BadInput(f"damaged image: {_reason(error, path)}") from None
 
 
-def _whole_tiff(path: Path, tile_size: int, sensors: dict[str, Sensor]) -> tuple[str, Tile | None]:
-    with _opened(path) as scene:
-        bands = len(decode.colour_bands(scene))
-        sensor = sensor_of(bands, scene.dtypes[0], sensors)
-        _refuse_bomb(path, scene.width * scene.height * bands * np.dtype(scene.dtypes[0]).itemsize)
-        if max(scene.width, scene.height) > 2 * tile_size:
-            return sensor, None
-        raw, gaps = decode.read(scene)
-        valid = _valid(scene, (0, 0, scene.height, scene.width), raw, gaps)
-        tile = _located(scene, Tile(0, 0, "tif", b"", decode.filled(raw, gaps), valid))
-        # As it came, unless overviews or waste make it much larger than its pixels.
-        if path.stat().st_size <= 1.5 * raw.nbytes + 65_536:
-            tile.data = path.read_bytes()
-        else:
-            tile.data = _geotiff(scene, tile, raw)
-        return sensor, tile
+@dataclass
+class Layout:
+    """How a scene's pixels lie in its file: in blocks that are decoded as a whole."""
+
+    height: int
+    width: int
+    block_height: int
+    block_width: int
+    pixel_bytes: int
+
+    @classmethod
+    def of(cls, file: Any) -> "Layout":
+        # numpy has no complex integers.
+        sizes = [4 if d == "complex_int16" else np.dtype(d).itemsize for d in file.dtypes]
+        high, wide = file.block_shapes[0]
+        return cls(file.height, file.width, high, wide, sum(sizes))
+
+    @property
+    def in_strips(self) -> bool:
+        return self.block_width >= self.width
+
+    @property
+    def group_bytes(self) -> float:
+        return STRIP_GROUP_BYTES if self.in_strips else GROUP_BYTES
+
+    @property
+    def read_bytes(self) -> float:
+        return STRIP_GROUP_BYTES if self.in_strips else READ_BYTES
 
 
-def cut(path: Path, tile_size: int, max_nodata_share: float) -> Iterator[Tile | None]:
-    """Tiles of a scene, in rows from the top left; None for a window with too much nodata.
+def _windows(height: int, width: int, ingest: Ingest, scale: float) -> list[Window]:
+    """The grid of windows, in rows from the top left.
 
     The last row and column are shifted inward, so that every tile has the full size where the
     scene has.
-
-    Raises:
-        BadInput: a part of the scene cannot be read.
     """
-    with _opened(path) as scene:
-        for row in _starts(scene.height, tile_size):
-            high = min(tile_size, scene.height)
-            strip, gaps = decode.read(scene, ((row, row + high), (0, scene.width)))
-            valid = _valid(scene, (row, 0, high, scene.width), strip, gaps)
-            for col in _starts(scene.width, tile_size):
-                wide = slice(col, col + min(tile_size, scene.width))
-                part = None if valid is None else valid[:, wide]
-                if part is not None and 1 - part.mean() > max_nodata_share:
-                    yield None
-                    continue
-                raw = np.ascontiguousarray(strip[:, wide])
-                pixels = decode.filled(raw, None if gaps is None else gaps[:, wide])
-                full = part is None or bool(part.all())
-                tile = _located(scene, Tile(row, col, "tif", b"", pixels, None if full else part))
-                tile.data = _geotiff(scene, tile, raw)
-                yield tile
+    size, stride = ingest.tile_size, ingest.stride or ingest.tile_size
+    high, wide = min(size, height), min(size, width)
+    cols = _starts(width, size, stride)
+    return [
+        Window(row, col, high, wide, scale) for row in _starts(height, size, stride) for col in cols
+    ]
 
 
-def _starts(length: int, tile_size: int) -> list[int]:
+def _starts(length: int, size: int, stride: int) -> list[int]:
     """Where windows begin along one side; the last is shifted inward."""
-    starts = list(range(0, max(length - tile_size, 0) + 1, tile_size))
-    if starts[-1] + tile_size < length:
-        starts.append(length - tile_size)
+    starts = list(range(0, max(length - size, 0) + 1, stride))
+    if starts[-1] + max(size, stride) < length:
+        starts.append(length - size)
     return starts
 
 
-def _valid(
-    scene: Any,
-    window: tuple[int, int, int, int],
-    raw: decode.Pixels,
-    gaps: NDArray[np.bool_] | None,
-) -> NDArray[np.bool_] | None:
-    """Mask of pixels with data in (row, col, height, width); None where all have.
+def _groups(windows: Sequence[Window], layout: Layout, limit: float) -> list[tuple[int, int]]:
+    """Windows [first, last) to read together: whole rows of them, or a part of one row.
 
-    `raw` and `gaps` are what `decode.read` gave of that window.
+    As many as `limit` bytes allow, one at least, and rather fewer where the next group then
+    begins with a block of the file.
     """
-    from rasterio.enums import MaskFlags
 
-    if raw.dtype != np.uint8:
-        if gaps is None:
+    def small(first: int, last: int) -> bool:
+        pixels = 0.0
+        for size in (windows[0].scale, 1.0):  # read, or made of what is read
+            one, other = windows[first], windows[last - 1]
+            rows, cols = other.row + other.height - one.row, other.col + other.width - one.col
+            pixels = max(pixels, rows * cols * size**2)
+        return pixels * layout.pixel_bytes <= limit
+
+    def end(ends: list[int], first: int, side: str, block: int) -> int:
+        """The last of these ends that keeps the group small, at a block's edge if any is."""
+        best, whole = ends[0], 0
+        for last in ends:
+            if not small(first, last):
+                break
+            best = last
+            if last == ends[-1]:
+                return best
+            start = getattr(windows[last], side) * windows[last].scale
+            whole = last if start % block < 1e-6 else whole
+        return whole if 2 * (whole - first) > best - first else best
+
+    rows = [0] + [i for i in range(1, len(windows)) if windows[i].row != windows[i - 1].row]
+    rows.append(len(windows))
+    groups, row = [], 0
+    while row + 1 < len(rows):
+        first, last = rows[row], rows[row + 1]
+        if small(first, last):
+            last = end(rows[row + 1 :], first, "row", layout.block_height)
+            groups.append((first, last))
+            row = rows.index(last)
+            continue
+        while first < last:
+            stop = end(list(range(first + 1, last + 1)), first, "col", layout.block_width)
+            groups.append((first, stop))
+            first = stop
+        row += 1
+    return groups
+
+
+class _Scene:
+    """An open image with what its tiles share: bands, coordinates, how it lies in its file."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        from rasterio.enums import MaskFlags
+
+        self.path, self.file = path, file
+        self.layout = Layout.of(file)
+        self.height, self.width = file.height, file.width
+        flags = file.mask_flag_enums
+        self.full = all(MaskFlags.all_valid in one for one in flags)
+        # A mask that a tile's own bands say: a nodata value, or an alpha band.
+        self.says_gaps = all(MaskFlags.nodata in f or MaskFlags.alpha in f for f in flags)
+        self.acquired = _iso(file.tags().get("TIFFTAG_DATETIME"))
+        self.transform, self.crs = _georeference(file)
+        self.crs_text = None if self.crs is None else self.crs.to_string()
+        self.unit_m = math.nan if self.crs is None else _metres(self.crs)
+
+    @cached_property
+    def geo_keys(self) -> geotiff.Tags:
+        return geotiff.geo_keys(self.crs)
+
+    @cached_property
+    def stored(self) -> geotiff.Stored | None:
+        return geotiff.stored(self.path, self.file) if self.file.driver == "GTiff" else None
+
+    def nodata_at(self, scale: float) -> float | None:
+        """The value for no data in tiles; none in the powers that complex values come to."""
+        powers = scale != 1 and self.file.dtypes[0].startswith("complex")
+        return None if powers else self.file.nodata
+
+    def located(self, window: Window) -> tuple[Any, tuple[float, float, float, float], float]:
+        """A window's affine transform, footprint and ground sampling distance in metres."""
+        place = self.transform @ self.transform.translation(
+            window.col * window.scale, window.row * window.scale
+        )
+        if window.scale != 1:
+            place = place @ self.transform.scale(window.scale)
+        corners = [place @ (x, y) for x in (0, window.width) for y in (0, window.height)]
+        xs, ys = [x for x, _ in corners], [y for _, y in corners]
+        bounds = (min(xs), min(ys), max(xs), max(ys))
+        across, down = math.hypot(place.a, place.d), math.hypot(place.b, place.e)
+        if self.crs.is_geographic:
+            across *= METRES_PER_DEGREE * math.cos(math.radians((bounds[1] + bounds[3]) / 2))
+            down *= METRES_PER_DEGREE
+        else:
+            across, down = across * self.unit_m, down * self.unit_m
+        return place, bounds, round(math.sqrt(abs(across * down)), 6)
+
+    def scale(self, gsd_m: float | None) -> float:
+        """Source pixels a pixel of this ground sampling distance stands for; 1 where unknown."""
+        if gsd_m is None or self.crs is None:
+            return 1.0
+        own = self.located(Window(0, 0, self.height, self.width))[2]
+        if not own > 0 or abs(own / gsd_m - 1) <= SAME_GSD:
+            return 1.0
+        scale = gsd_m / own
+        if scale > min(self.height, self.width):
+            raise BadInput(
+                f"{self.width} x {self.height} pixels of {own:g} m: less than one of "
+                f"{gsd_m:g} m (ingest.gsd_m)"
+            )
+        return scale
+
+    def read(self, rows: slice, cols: slice) -> "_Part":
+        box = ((rows.start, rows.stop), (cols.start, cols.stop))
+        raw, gaps = decode.read(self.file, box)
+        valid: NDArray[np.bool_] | None = None
+        if raw.dtype == np.uint8 and not self.full:
+            valid = self.file.dataset_mask(window=box) > 0
+        return _Part(raw, gaps, valid, rows.start, cols.start)
+
+
+@dataclass
+class _Part:
+    """Pixels (H, W, C) of a scene, where their bands have gaps, and for uint8 where it has data."""
+
+    raw: decode.Pixels
+    gaps: NDArray[np.bool_] | None
+    mask: NDArray[np.bool_] | None
+    row: int = 0
+    col: int = 0
+
+    def at(self, rows: slice, cols: slice) -> "_Part":
+        """A part of it, in the scene's rows and columns."""
+        place = (
+            slice(rows.start - self.row, rows.stop - self.row),
+            slice(cols.start - self.col, cols.stop - self.col),
+        )
+        gaps = None if self.gaps is None else self.gaps[place]
+        mask = None if self.mask is None else self.mask[place]
+        return _Part(self.raw[place], gaps, mask, rows.start, cols.start)
+
+    @property
+    def valid(self) -> NDArray[np.bool_] | None:
+        """As `Tile.valid`."""
+        if self.raw.dtype == np.uint8:
+            valid = self.mask
+        elif self.gaps is None:
             return None
-        valid = np.asarray(~(gaps.any(axis=2) if raw.dtype.kind == "f" else gaps.all(axis=2)))
-        return None if valid.all() else valid
-    if all(MaskFlags.all_valid in flags for flags in scene.mask_flag_enums):
-        return None
-    row, col, height, width = window
-    valid = scene.dataset_mask(window=((row, row + height), (col, col + width))) > 0
-    return None if valid.all() else valid
+        else:
+            every = self.raw.dtype.kind in "fc"
+            valid = np.asarray(~(self.gaps.any(axis=2) if every else self.gaps.all(axis=2)))
+        return None if valid is None or valid.all() else valid
 
 
-def _located(scene: Any, tile: Tile) -> Tile:
-    """The tile with its footprint, ground sampling distance and time, where the scene says."""
-    from rasterio.windows import Window
+def _georeference(file: Any) -> tuple[Any, Any]:
+    """Affine transform and reference system; both None where the file gives no usable pair.
 
-    height, width = tile.pixels.shape[:2]
-    tile.acquired = _iso(scene.tags().get("TIFFTAG_DATETIME"))
-    if scene.crs is None or scene.transform.is_identity:
-        return tile
-    transform = scene.window_transform(Window(tile.col, tile.row, width, height))
-    corners = [transform @ (x, y) for x in (0, width) for y in (0, height)]
-    xs, ys = [x for x, _ in corners], [y for _, y in corners]
-    tile.bounds = (min(xs), min(ys), max(xs), max(ys))
-    tile.crs = scene.crs.to_string()
-    across = math.hypot(transform.a, transform.d)
-    down = math.hypot(transform.b, transform.e)
-    if scene.crs.is_geographic:
-        latitude = math.radians((tile.bounds[1] + tile.bounds[3]) / 2)
-        across *= METRES_PER_DEGREE * math.cos(latitude)
-        down *= METRES_PER_DEGREE
-    else:
-        metres = scene.crs.linear_units_factor[1]
-        across, down = across * metres, down * metres
-    tile.gsd_m = round(math.sqrt(abs(across * down)), 6)
-    return tile
+    Of ground control points without a transform, the affine fit.
+    """
+    from rasterio.errors import RasterioError
+    from rasterio.transform import from_gcps
+
+    transform, crs = file.transform, file.crs
+    if transform.is_identity:
+        points, crs = file.gcps
+        if len(points) < 3 or not crs:
+            return None, None
+        try:
+            transform = from_gcps(points)
+        except RasterioError:
+            return None, None
+    values = tuple(transform)[:6]
+    if not crs or not all(map(math.isfinite, values)) or transform.determinant == 0:
+        return None, None
+    return transform, crs
+
+
+def _metres(crs: Any) -> float:
+    """Metres of a projected system's unit; NaN where it does not say."""
+    from rasterio.errors import CRSError
+
+    try:
+        return float(crs.linear_units_factor[1])
+    except CRSError:
+        return math.nan
 
 
 def _iso(text: str | None) -> str | None:
@@ -269,46 +513,161 @@ def _iso(text: str | None) -> str | None:
     return f"{text[:10].replace(':', '-')}T{text[11:19]}"
 
 
-def _geotiff(scene: Any, tile: Tile, raw: decode.Pixels) -> bytes:
-    """A lossless one-tile GeoTIFF of the scene's own values.
+def _whole(scene: _Scene, window: Window) -> Tile:
+    """The one tile of an image: its bytes as they came where nothing is to be changed."""
+    if window.scale != 1:
+        (tile,) = _cut(scene, [window], 1.0)
+        assert tile is not None  # all of it may have no data
+        return tile
+    part = scene.read(slice(0, scene.height), slice(0, scene.width))
+    tile = _tile(scene, window, part)
+    # Overviews or waste may make it much larger than its pixels.
+    if scene.path.stat().st_size <= 1.5 * part.raw.nbytes + 65_536:
+        tile.data = scene.path.read_bytes()
+    else:
+        _encode(scene, [(tile, part)])
+    return tile
+
+
+def _tile(scene: _Scene, window: Window, part: _Part) -> Tile:
+    """A tile of these pixels, without its bytes."""
+    pixels = decode.filled(part.raw, part.gaps)
+    tile = Tile(window.row, window.col, "tif", b"", pixels, window, part.valid)
+    tile.acquired = scene.acquired
+    if scene.crs is not None:
+        tile.crs = scene.crs_text
+        _, tile.bounds, tile.gsd_m = scene.located(window)
+    return tile
+
+
+def _cut(
+    scene: _Scene, windows: Sequence[Window], max_nodata_share: float
+) -> Iterator[Tile | None]:
+    for first, last in _groups(windows, scene.layout, scene.layout.read_bytes):
+        near = windows[first:last]
+        parts = _parts(scene, near) if near[0].scale == 1 else _resampled(scene, near)
+        batch: list[tuple[Tile, _Part] | None] = []
+        size = 0
+        for window, part in zip(near, parts, strict=True):
+            valid = part.valid
+            if valid is not None and 1 - valid.mean() > max_nodata_share:
+                batch.append(None)
+                continue
+            batch.append((_tile(scene, window, part), part))
+            size += part.raw.nbytes
+            if size >= BATCH_BYTES:
+                yield from _finished(scene, batch)
+                batch, size = [], 0
+        yield from _finished(scene, batch)
+
+
+def _finished(scene: _Scene, batch: Sequence[tuple[Tile, _Part] | None]) -> Iterator[Tile | None]:
+    _encode(scene, [pair for pair in batch if pair is not None])
+    for pair in batch:
+        yield None if pair is None else pair[0]
+
+
+def _parts(scene: _Scene, windows: Sequence[Window]) -> Iterator[_Part]:
+    """The pixels of windows that are read together."""
+    spans = [(_span(w.row, w.height), _span(w.col, w.width)) for w in windows]
+    box = scene.read(*_around(spans))
+    for rows, cols in spans:
+        part = box.at(rows, cols)
+        part.raw = np.ascontiguousarray(part.raw)
+        yield part
+
+
+def _span(start: int, length: int) -> slice:
+    return slice(start, start + length)
+
+
+def _around(spans: Sequence[tuple[slice, slice]]) -> tuple[slice, slice]:
+    rows, cols = [rows for rows, _ in spans], [cols for _, cols in spans]
+    return (
+        slice(min(r.start for r in rows), max(r.stop for r in rows)),
+        slice(min(c.start for c in cols), max(c.stop for c in cols)),
+    )
+
+
+def _resampled(scene: _Scene, windows: Sequence[Window]) -> list[_Part]:
+    """The pixels of windows that are read together, resampled.
+
+    A window whose source is larger than what may be read at once is made from the top down.
+    """
+    first = windows[0]
+    step = height = first.height
+    if len(windows) == 1:
+        row_bytes = first.width * first.scale**2 * scene.layout.pixel_bytes
+        step = min(height, max(1, int(scene.layout.read_bytes / row_bytes)))
+    made: list[list[_Part]] = [[] for _ in windows]
+    for top in range(0, height, step):
+        sides = [
+            (
+                Side(w.row + top, min(step, height - top), w.scale, scene.height),
+                Side(w.col, w.width, w.scale, scene.width),
+            )
+            for w in windows
+        ]
+        box = scene.read(*_around([(rows.source, cols.source) for rows, cols in sides]))
+        for (rows, cols), parts in zip(sides, made, strict=True):
+            source = box.at(rows.source, cols.source)
+            masked = None if source.mask is None else ~source.mask[..., None]
+            gaps = source.gaps if masked is None else masked
+            raw, lost = resampled(source.raw, gaps, rows, cols, scene.nodata_at(first.scale))
+            if masked is None:
+                parts.append(_Part(raw, lost, None))
+            else:
+                parts.append(_Part(raw, None, None if lost is None else ~lost[..., 0]))
+    return [_stacked(parts) for parts in made]
+
+
+def _stacked(parts: list[_Part]) -> _Part:
+    if len(parts) == 1:
+        return parts[0]
+    gaps = mask = None
+    if any(part.gaps is not None for part in parts):
+        none = [np.zeros(p.raw.shape, np.bool_) if p.gaps is None else p.gaps for p in parts]
+        gaps = np.concatenate(none)
+    if any(part.mask is not None for part in parts):
+        all_ = [np.ones(p.raw.shape[:2], np.bool_) if p.mask is None else p.mask for p in parts]
+        mask = np.concatenate(all_)
+    return _Part(np.concatenate([part.raw for part in parts]), gaps, mask)
+
+
+def _encode(scene: _Scene, batch: Sequence[tuple[Tile, _Part]]) -> None:
+    """Lossless one-tile GeoTIFFs of the scene's own values, into the tiles.
 
     Where data is missing without a nodata value to say so, with alpha; of more than 8 bits, which
     GDAL does not read as one, with a mask.
     """
-    import rasterio
-    from rasterio.enums import ColorInterp
-    from rasterio.io import MemoryFile
-    from rasterio.windows import Window
+    todo: list[tuple[Tile, geotiff.Strip]] = []
+    for tile, part in batch:
+        window, nodata = tile.window, scene.nodata_at(tile.window.scale)
+        tags = geotiff.nodata_tag(nodata)
+        if scene.crs is not None:
+            tags |= geotiff.placed(scene.located(window)[0], scene.geo_keys)
+        if scene.stored and window.scale == 1 and (tile.valid is None or scene.says_gaps):
+            corners = (window.row, window.col, window.height, window.width)
+            data = scene.stored.tile(*corners, tags)
+            if data is not None:
+                tile.data = data
+                continue
+        unsaid = tile.valid is not None and nodata is None
+        alpha = unsaid and part.raw.dtype == np.uint8
+        raw = part.raw
+        if alpha and tile.valid is not None:
+            raw = np.dstack([raw, tile.valid.astype(np.uint8) * 255])
+        mask = tile.valid if unsaid and not alpha else None
+        todo.append((tile, geotiff.Strip(raw, tags, alpha, mask)))
 
-    height, width, bands = raw.shape
-    unsaid = tile.valid is not None and scene.nodata is None
-    alpha = unsaid and raw.dtype == np.uint8
-    profile: dict[str, Any] = {
-        "driver": "GTiff",
-        "width": width,
-        "height": height,
-        "count": bands + alpha,
-        "dtype": str(raw.dtype),
-        "compress": "deflate",
-        "predictor": 3 if raw.dtype.kind == "f" else 2,
-        "zlevel": 6,
-        "interleave": "pixel",
-        "photometric": "rgb" if bands == 3 and raw.dtype == np.uint8 else "minisblack",
-        "nodata": scene.nodata,
-    }
-    if tile.crs is not None:
-        window = Window(tile.col, tile.row, width, height)
-        profile |= {"crs": scene.crs, "transform": scene.window_transform(window)}
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK="YES"), MemoryFile() as memory:
-        with memory.open(**profile) as target:
-            target.write(raw.transpose(2, 0, 1), list(range(1, bands + 1)))
-            if alpha and tile.valid is not None:
-                target.colorinterp = (*target.colorinterp[:bands], ColorInterp.alpha)
-                target.write(tile.valid.astype(np.uint8) * 255, bands + 1)
-            elif unsaid and tile.valid is not None:
-                target.write_mask(tile.valid.astype(np.uint8) * 255)
-        data: bytes = memory.read()
-    return data
+    def alike(pair: tuple[Tile, geotiff.Strip]) -> Any:
+        return pair[1].pixels.shape
+
+    for _, pairs in groupby(sorted(todo, key=alike), key=alike):
+        same = list(pairs)
+        files = geotiff.encoded([strip for _, strip in same])
+        for (tile, _), data in zip(same, files, strict=True):
+            tile.data = data
 
 
 def _reason(error: BaseException, path: Path) -> str:
