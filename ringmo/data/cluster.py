@@ -5,6 +5,7 @@ machines must see the sources and the workspace's folder under the same paths as
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
     with dask.config.set(quiet):
         if address is None:
             with (
+                _main_hidden(),
                 distributed.LocalCluster(
                     n_workers=count,
                     threads_per_worker=1,
@@ -114,6 +116,19 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
             if not threads:
                 raise Unreachable(f"{address}: this Dask cluster has no worker")
             yield DaskPool(client, sum(threads.values()))
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """New processes would run the caller's script again, which none of ours needs."""
+    main = vars(sys.modules["__main__"])
+    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(kept)
 
 
 @contextmanager

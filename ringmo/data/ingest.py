@@ -454,9 +454,10 @@ def _write(
     more = pa.concat_tables([t.cast(old.table.schema) for t in left])
     stays = pc.invert(pc.is_in(retired["key"], value_set=more["key"]))
     both = pa.concat_tables([retired.filter(stays), more]).sort_by("key").combine_chunks()
-    if old.ordinal and rows.equals(old.table) and both.equals(retired):
+    same_retired = store.same_rows(both, retired)
+    if old.ordinal and same_retired and store.same_rows(rows, old.table):
         return same_aside
-    if len(both) and not both.equals(retired):
+    if not same_retired:
         store.write_table(root / store.RETIRED, both, store.COLUMNS)
     classes = {
         coding: layouts.class_names(coding, config.ingest.mask_codings)

@@ -209,6 +209,30 @@ def read_facts(path: Path) -> dict[str, int]:
     }
 
 
+def same_rows(a: "pyarrow.Table", b: "pyarrow.Table") -> bool:
+    """Whether two tables of the same columns hold the same; NaN is the same as NaN."""
+    import numpy as np
+    import pyarrow as pa
+
+    def same(one: Any, other: Any) -> bool:
+        if pa.types.is_list(one.type):
+            if not (one.is_valid().equals(other.is_valid()) and len(one) == len(other)):
+                return False
+            lengths = [column.value_lengths() for column in (one, other)]
+            return lengths[0].equals(lengths[1]) and same(one.flatten(), other.flatten())
+        if pa.types.is_floating(one.type):
+            values = [column.to_numpy(zero_copy_only=False) for column in (one, other)]
+            valid = one.is_valid().equals(other.is_valid())
+            return valid and np.array_equal(values[0], values[1], equal_nan=True)
+        return bool(one.equals(other))
+
+    if len(a) != len(b):
+        return False
+    return not len(a) or all(
+        same(a[name].combine_chunks(), b[name].combine_chunks()) for name in a.schema.names
+    )
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -362,7 +362,7 @@ def test_a_store_of_the_first_schema_is_measured_anew_and_keeps_its_splits(
     table = pq.read_table(path)
     metadata = {**table.schema.metadata, b"ringmo.schema": b"1"}
     for columns in ADDED.values():
-        table = table.drop_columns(list(columns))
+        table = table.drop_columns([name for name in columns if name != "key"])
     pq.write_table(table.replace_schema_metadata(metadata), path)
     (workspace.state / "scan.parquet").unlink()  # an older one has other settings
     assert list(manifest().columns) == list(now.columns)
