@@ -200,11 +200,7 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
 
 def _settings(config: Config) -> str:
     """Digest of what decides what an image becomes: parameters, and which columns there are."""
-    sensors = {
-        # Pixels of 8 bits are measured as they are, all others on their sensor's scale.
-        name: [s.bands, s.dtype] + ([] if s.dtype == "uint8" else [s.mean, s.std])
-        for name, s in config.sensors.items()
-    }
+    sensors = {name: sensor.reading for name, sensor in config.sensors.items()}
     ingest = config.ingest
     return digest(store.SCHEMA, ingest.tile_size, ingest.max_nodata_share, sensors)[:16]
 

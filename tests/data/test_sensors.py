@@ -175,7 +175,7 @@ def test_a_nodata_value_that_its_pixels_cannot_have_is_no_obstacle(run, manifest
     [
         (11, "int16", "11 bands of int16 fit no sensor (nearest: s2l2a, 12 bands of int16)"),
         (1, "float64", "1 band of float64 fits no sensor (nearest: s1, 2 bands of float32)"),
-        (3, "uint16", "3 bands of uint16 fit no sensor (nearest: rgb, 3 bands of uint8)"),
+        (3, "uint16", "3 bands of uint16 fit no sensor (nearest: landsat, 7 bands of uint16)"),
         (2, "complex64", "2 bands of complex64 fit no sensor (nearest: s1, 2 bands of float32)"),
     ],
 )
