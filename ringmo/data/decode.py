@@ -170,6 +170,11 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     bands = colour_bands(scene)
     raw: Pixels = np.ascontiguousarray(scene.read(bands, window=window).transpose(1, 2, 0))
     if raw.dtype == np.uint8:
+        if bands == [1, 1, 1]:
+            colours = np.zeros((256, 3), np.uint8)
+            for number, colour in scene.colormap(1).items():
+                colours[number] = colour[:3]
+            raw = colours[raw[..., 0]]
         return raw, None
     gaps: NDArray[np.bool_] = np.zeros(raw.shape, np.bool_)
     flags = [scene.mask_flag_enums[band - 1] for band in bands]
@@ -221,10 +226,14 @@ def expect_no_coordinates() -> None:
 def colour_bands(scene: Any) -> list[int]:
     """Band numbers of an open rasterio dataset, without its alpha band.
 
+    A PNG's palette is three bands, as `read` makes them. A TIFF's is a map of classes as a rule.
+
     Raises:
-        BadInput: bands whose numbers are no brightness, as a palette's; the reason.
+        BadInput: bands whose numbers are no brightness; the reason.
     """
     names = [meaning.name for meaning in scene.colorinterp]
+    if scene.driver == "PNG" and names == ["palette"]:
+        return [1, 1, 1]
     for name in names:
         if name in NO_BRIGHTNESS:
             raise BadInput(f"{NO_BRIGHTNESS[name]}: convert it to RGB or grey")

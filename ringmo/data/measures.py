@@ -181,7 +181,7 @@ def _eight_bit(values: Pixels, sensor: Sensor) -> NDArray[np.uint8]:
 
 
 def _clip(sensor: Sensor) -> tuple[float, float]:
-    assert sensor.clip is not None  # params.yaml says so where mean and std are null
+    assert sensor.clip is not None  # else its mean and std are given
     return sensor.clip
 
 

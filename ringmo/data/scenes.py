@@ -149,9 +149,12 @@ def _header(path: Path) -> tuple[int, int, int, str]:
         with path.open("rb") as file:
             head = file.read(26)
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            bands = {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.get(image.mode, 1)
-            deep = decode.kind(head) == "png" and decode.deep_png(head)
-            return image.width, image.height, bands, "uint16" if deep else "uint8"
+            if decode.kind(head) != "png":
+                return image.width, image.height, 1 if image.mode == "L" else 3, "uint8"
+            # Types 0 and 4 are grey; Pillow's mode is RGBA for grey of 16 bits with alpha.
+            bands = 1 if head[25] in (0, 4) else 3
+            dtype = "uint16" if decode.deep_png(head) else "uint8"
+            return image.width, image.height, bands, dtype
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
