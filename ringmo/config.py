@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ringmo.errors import BadInput
 
@@ -52,26 +60,82 @@ class Ingest(Section):
 
 
 class Sensor(Section):
-    """Bands in order; mean and standard deviation a band, in the unit of the pixels.
+    """Bands in order, and how their pixels become a model's input.
 
-    dtype is that of the decoded pixels: files of float64 are decoded to float32.
+    dtype is that of the files' pixels: files of float64 count as float32, and complex ones of any
+    size as complex64, of which the power |z|² is decoded as float32. What is decoded is multiplied
+    by scale, has offset added, becomes decibels and is clipped, in that order
+    (`ringmo.data.values`). mean and std, one a band, are in the units after these steps; null
+    stands for those of the training tiles, which `select` finds.
     """
 
     bands: list[str] = Field(min_length=1)
-    dtype: Literal["uint8", "uint16", "int16", "float32"]
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0)]]
+    dtype: Literal["uint8", "uint16", "int16", "float32", "complex64"]
+    scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    offset: FiniteFloat = 0.0
+    decibels: bool = False
+    clip: tuple[FiniteFloat, FiniteFloat] | None = None
+    mean: list[FiniteFloat] | None
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] | None
 
     @model_validator(mode="after")
-    def _one_a_band(self) -> "Sensor":
-        if not len(self.bands) == len(self.mean) == len(self.std):
-            raise ValueError("mean and std need one value for each band")
+    def _makes_sense(self) -> "Sensor":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are both given, or both null")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip is [lowest, highest], found {list(self.clip)}")
+        if self.mean is None and self.clip is None and self.dtype != "uint8":
+            raise ValueError(
+                f"mean and std are null, so that pixels of {self.dtype} need clip: [lowest, "
+                f"highest], the range in which tiles are measured"
+            )
+        for numbers in (self.mean, self.std):
+            if numbers is not None and len(numbers) != len(self.bands):
+                raise ValueError("mean and std need one value for each band")
         return self
 
     @property
+    def decoded(self) -> str:
+        """The dtype of its pixels once they are decoded."""
+        return "float32" if self.dtype == "complex64" else self.dtype
+
+    @property
+    def plain(self) -> bool:
+        """Whether a model's values are the decoded pixels as they are."""
+        return (self.scale, self.offset, self.decibels, self.clip) == (1.0, 0.0, False, None)
+
+    @property
+    def steps(self) -> list[Any]:
+        """What is done to decoded pixels before normalisation."""
+        clip = None if self.clip is None else list(self.clip)
+        return [self.scale, self.offset, self.decibels, clip]
+
+    @property
+    def reading(self) -> list[Any]:
+        """All that decides what ingest writes of a tile of this sensor.
+
+        Measures of 8-bit pixels are of them as they are; of all others, in the normalisation's
+        range.
+        """
+        steps = [] if self.plain else self.steps
+        return [
+            self.bands,
+            self.dtype,
+            *steps,
+            *([] if self.dtype == "uint8" else [self.mean, self.std]),
+        ]
+
+    def described(self) -> dict[str, Any]:
+        """As plain values, without what has its default: what a bundle holds."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
     def visible(self) -> list[int] | None:
-        """The red, green and blue bands; None where the sensor has not all three."""
-        for colours in (["red", "green", "blue"], ["B04", "B03", "B02"]):
+        """The red, green and blue bands; None where the sensor has not all three.
+
+        Numbered bands are Sentinel-2's, or Landsat 8's and 9's.
+        """
+        for colours in (["red", "green", "blue"], ["B04", "B03", "B02"], ["B4", "B3", "B2"]):
             if set(colours) <= set(self.bands):
                 return [self.bands.index(name) for name in colours]
         return None
@@ -327,14 +391,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        first: dict[tuple[int, str], str] = {}
-        for name, sensor in self.sensors.items():
-            bands = len(sensor.bands)
-            other = first.setdefault((bands, sensor.dtype), name)
-            if other != name:
+        for source, about in self.ingest.about.items():
+            if about.sensor is not None and about.sensor not in self.sensors:
                 raise ValueError(
-                    f"sensors: `{other}` and `{name}` both have {bands} bands of {sensor.dtype}, "
-                    f"so no file could tell which of them made it: keep one"
+                    f"ingest.about: {source}: `{about.sensor}` is not among sensors "
+                    f"({', '.join(self.sensors)})"
                 )
         if self.select.sensor not in self.sensors:
             raise ValueError(

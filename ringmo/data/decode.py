@@ -2,7 +2,8 @@
 
 The content decides, never a file's name. Decoding is strict: a truncated image is an error, not
 a picture that is grey from the middle on. And what it gives can be trained on: where a band of
-more than 8 bits has no data, it has the mean of what it has, never -9999 or NaN.
+more than 8 bits has no data, it has the mean of what it has, never -9999 or NaN; and of complex
+values, a radar's phase and amplitude, it gives the power |z|².
 """
 
 import io
@@ -18,8 +19,22 @@ from ringmo.errors import BadInput
 Pixels = NDArray[Any]  # uint8, uint16, int16 or float32: its sensor's
 
 # What a TIFF's bands may be → what its pixels are decoded to.
-DTYPES = {name: name for name in ("uint8", "uint16", "int16", "float32")} | {"float64": "float32"}
+DTYPES = {name: name for name in ("uint8", "uint16", "int16", "float32")} | dict.fromkeys(
+    ("float64", "complex64", "complex128", "complex_int16"), "float32"
+)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# The power of a complex value beyond this is one that no float32 holds.
+COMPLEX_MAX = 1.8e19
+# Sentinel-2's reflectances come as uint16 and as int16: beyond 32767 there is next to nothing.
+INT16_MAX = 32767
+MAX_SATURATED_SHARE = 0.01
+# Bands whose numbers are no brightness → what they are.
+NO_BRIGHTNESS = {
+    "palette": "colours by number, of a palette",
+    **dict.fromkeys(("cyan", "magenta", "yellow", "black"), "a printer's colours, CMYK"),
+    **dict.fromkeys(("hue", "saturation", "lightness"), "hue, saturation and lightness"),
+    **dict.fromkeys(("Y", "Cb", "Cr"), "luma and chroma, YCbCr"),
+}
 
 
 def kind(data: bytes) -> str | None:
@@ -33,16 +48,49 @@ def kind(data: bytes) -> str | None:
     return None
 
 
-def decode(data: bytes) -> Pixels:
+def decode(data: bytes, dtype: str | None = None) -> Pixels:
     """Pixels of an encoded tile, (H, W, C): RGB for the sensor rgb, an alpha band dropped.
 
-    uint8, uint16 or int16 as stored, float32 for floats of either size. In all but uint8, each
-    band's missing values (nodata, masked, NaN, infinite) are the mean of the band's others in
-    this tile, and 0 in a band that has none.
+    uint8, uint16 or int16 as stored, float32 for floats of either size, and the power |z|² as
+    float32 for complex values. In all but uint8, each band's missing values (nodata, masked, NaN,
+    infinite) are the mean of the band's others in this tile, and 0 in a band that has none.
+
+    Args:
+        dtype: of the sensor's decoded pixels, which the tile's must then fit (`fitted`).
 
     Raises:
         BadInput: not an image, truncated, or of another dtype; the reason without the file's name.
     """
+    pixels = _decoded(data)
+    return pixels if dtype is None else fitted(pixels, dtype)
+
+
+def fitted(pixels: Pixels, dtype: str) -> Pixels:
+    """Decoded pixels as their sensor's dtype: uint16 as int16, float64 as float32.
+
+    What int16 cannot hold is 32767, the brightest: clouds and glints, of which an image of
+    reflectances has a few.
+
+    Raises:
+        BadInput: of another dtype, or more than 1 % of the values are beyond int16; the reason.
+    """
+    found = str(pixels.dtype)
+    if found == dtype:
+        return pixels
+    if (found, dtype) == ("float64", "float32"):
+        return pixels.astype(np.float32)
+    if (found, dtype) != ("uint16", "int16"):
+        raise BadInput(f"pixels of {found}, the model reads {dtype}")
+    beyond = float((pixels > INT16_MAX).mean())
+    if beyond > MAX_SATURATED_SHARE:
+        raise BadInput(
+            f"{100 * beyond:.0f} % of its values of uint16 are over {INT16_MAX}: its sensor is of "
+            f"int16, declare one of uint16"
+        )
+    return np.minimum(pixels, INT16_MAX).astype(np.int16)
+
+
+def _decoded(data: bytes) -> Pixels:
     form = kind(data)
     if form == "jpg":
         return _jpeg(data)
@@ -122,29 +170,46 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     bands = colour_bands(scene)
     raw: Pixels = np.ascontiguousarray(scene.read(bands, window=window).transpose(1, 2, 0))
     if raw.dtype == np.uint8:
+        if bands == [1, 1, 1]:
+            colours = np.zeros((256, 3), np.uint8)
+            for number, colour in scene.colormap(1).items():
+                colours[number] = colour[:3]
+            raw = colours[raw[..., 0]]
         return raw, None
     gaps: NDArray[np.bool_] = np.zeros(raw.shape, np.bool_)
-    flags = scene.mask_flag_enums
-    if any(MaskFlags.all_valid not in flags[band - 1] for band in bands):
+    flags = [scene.mask_flag_enums[band - 1] for band in bands]
+    if raw.dtype.kind == "c" and all(MaskFlags.nodata in one for one in flags):
+        # GDAL looks at the real part alone, which is often 0 where there is a signal.
+        gaps |= raw == scene.nodata
+    elif any(MaskFlags.all_valid not in one for one in flags):
         gaps |= scene.read_masks(bands, window=window).transpose(1, 2, 0) == 0
-    if raw.dtype.kind == "f":
+    if raw.dtype.kind in "fc":
         # Also true of NaN; and a float64 that no float32 can hold is no measurement.
-        gaps |= ~(np.abs(raw) <= FLOAT32_MAX)
+        gaps |= ~(np.abs(raw) <= (FLOAT32_MAX if raw.dtype.kind == "f" else COMPLEX_MAX))
     return raw, gaps if gaps.any() else None
 
 
-def filled(raw: Pixels, gaps: NDArray[np.bool_] | None) -> Pixels:
-    """Pixels to train on, of what `read` gave: float32 for floats, gaps as `decode` says."""
+def filled(raw: Pixels, gaps: NDArray[np.bool_] | None, sensor_dtype: str | None = None) -> Pixels:
+    """Pixels to train on, of what `read` gave: float32 for floats, gaps as `decode` says.
+
+    Args:
+        sensor_dtype: of the sensor's decoded pixels, as `fitted` has it.
+
+    Raises:
+        BadInput: they do not fit the sensor's dtype.
+    """
     dtype = np.dtype(DTYPES[str(raw.dtype)])
-    if gaps is None:
-        return raw.astype(dtype, copy=False)
-    pixels = np.where(gaps, 0, raw).astype(dtype)
-    for band in np.flatnonzero(gaps.any(axis=(0, 1))):
-        has = ~gaps[..., band]
-        if has.any():
-            mean = pixels[..., band][has].mean(dtype=np.float64)
-            pixels[..., band][~has] = mean if dtype.kind == "f" else round(float(mean))
-    return pixels
+    seen = raw if gaps is None else np.where(gaps, 0, raw)
+    if raw.dtype.kind == "c":
+        seen = np.square(seen.real) + np.square(seen.imag)
+    pixels = seen.astype(dtype, copy=False)
+    if gaps is not None:
+        for band in np.flatnonzero(gaps.any(axis=(0, 1))):
+            has = ~gaps[..., band]
+            if has.any():
+                mean = pixels[..., band][has].mean(dtype=np.float64)
+                pixels[..., band][~has] = mean if dtype.kind == "f" else round(float(mean))
+    return pixels if sensor_dtype is None else fitted(pixels, sensor_dtype)
 
 
 @lru_cache(maxsize=1)
@@ -159,10 +224,20 @@ def expect_no_coordinates() -> None:
 
 
 def colour_bands(scene: Any) -> list[int]:
-    """Band numbers of an open rasterio dataset, without its alpha band."""
-    from rasterio.enums import ColorInterp
+    """Band numbers of an open rasterio dataset, without its alpha band.
 
-    return [i + 1 for i, meaning in enumerate(scene.colorinterp) if meaning != ColorInterp.alpha]
+    A PNG's palette is three bands, as `read` makes them. A TIFF's is a map of classes as a rule.
+
+    Raises:
+        BadInput: bands whose numbers are no brightness; the reason.
+    """
+    names = [meaning.name for meaning in scene.colorinterp]
+    if scene.driver == "PNG" and names == ["palette"]:
+        return [1, 1, 1]
+    for name in names:
+        if name in NO_BRIGHTNESS:
+            raise BadInput(f"{NO_BRIGHTNESS[name]}: convert it to RGB or grey")
+    return [number for number, name in enumerate(names, 1) if name != "alpha"]
 
 
 def _short(error: BaseException) -> str:

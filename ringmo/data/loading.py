@@ -181,7 +181,7 @@ class SelectedTiles:
             BadInput: unreadable, naming the tile.
         """
         try:
-            return decode(self.store.read(*self._place[row]))
+            return decode(self.store.read(*self._place[row]), self.table["dtype"].iloc[row])
         except BadInput as error:
             raise BadInput(f"tile {self.table['key'].iloc[row]}: {error}") from None
 

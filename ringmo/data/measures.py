@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ringmo.config import Sensor
 from ringmo.data.decode import Pixels
+from ringmo.data.values import input_values
 
 CLOUD_BLOCK = 8  # pixels
 CLOUD_8_BIT = 190  # of 255: brighter than fields and roads, in pictures as they are published
@@ -20,10 +22,10 @@ THUMBNAIL = 32  # pixels; what the perceptual hash and the second look at near-d
 class Measures:
     """Columns of the manifest; mean and std over the valid pixels of all bands.
 
-    `band_means` and `band_stds` are of the values as they are, over the valid pixels; the others
-    are in 8-bit steps for every dtype, so that one threshold tells what is blank: pixels of more
-    than 8 bits are scaled (`eight_bit`), and their std is the deviation within the bands, whose
-    levels differ by nature.
+    `band_means` and `band_stds` are of what a model reads, before normalisation, over the valid
+    pixels; the others are in 8-bit steps for every dtype, so that one threshold tells what is
+    blank: pixels of more than 8 bits are scaled (`eight_bit`), and their std is the deviation
+    within the bands, whose levels differ by nature.
     """
 
     nodata_share: float
@@ -48,17 +50,19 @@ def measure(
         valid: (H, W), False where there is no data; None where every pixel counts.
         sensor: whose pixels they are; uint8 needs none.
     """
-    plain = pixels
-    if pixels.dtype != np.uint8:
+    plain = sensor is None or sensor.plain
+    values = pixels if sensor is None else input_values(pixels, sensor)
+    small = pixels.dtype == np.uint8
+    if not small:
         if sensor is None:
             raise ValueError(f"measures of {pixels.dtype} need the sensor")
-        pixels = eight_bit(pixels, sensor)
+        pixels = _eight_bit(values, sensor)
     bands = pixels.shape[2]
     if valid is not None and not valid.any():
         nothing = [math.nan] * bands
         return Measures(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, f"{0:016x}", math.nan, nothing, nothing)
-    values = pixels if valid is None else pixels[valid]
-    at_end = (values - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both ends
+    counted = pixels if valid is None else pixels[valid]
+    at_end = (counted - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both ends
     saturated = np.logical_and.reduce([at_end[..., band] for band in range(bands)]).mean()
     counts = _histograms(pixels, valid)
     levels = np.arange(256)
@@ -66,32 +70,35 @@ def measure(
     means = counts @ levels / size
     variances = counts @ levels**2 / size - means**2
     mean = float(means.mean())
-    if plain.dtype == np.uint8:
-        variance = float((variances + means**2).mean() - mean**2)
+    spread = (variances + means**2).mean() - mean**2 if small else variances.mean()
+    if small and plain:
         band_means, band_stds = means, np.sqrt(variances.clip(0))
     else:
-        variance = float(variances.mean())
-        seen = plain.reshape(-1, bands) if valid is None else plain[valid]
-        band_means = seen.mean(axis=0, dtype=np.float64)
-        band_stds = seen.std(axis=0, dtype=np.float64)
+        known = values.reshape(-1, bands) if valid is None else values[valid]
+        band_means = known.mean(axis=0, dtype=np.float64)
+        band_stds = known.std(axis=0, dtype=np.float64)
 
-    shade = grey(pixels)
+    shade, seen = grey(pixels), pixels if small else values
     histogram = _histograms(shade[..., None], valid)[0]
     shares = histogram[histogram > 0] / histogram.sum()
     return Measures(
         nodata_share=0.0 if valid is None else round(1 - float(valid.mean()), 6),
         saturated_share=round(float(saturated), 6),
         mean=round(mean, 4),
-        std=round(math.sqrt(max(variance, 0)), 4),
+        std=round(math.sqrt(max(float(spread), 0)), 4),
         entropy=round(float(abs(shares @ np.log2(shares))), 4),
         sharpness=round(_laplacian_variance(shade), 4),
-        # Of the pixels as they are: a hash needs an order of values, no scale, and 8 bits of a
-        # sensor's whole range leave few for one scene.
-        phash=perceptual_hash(shade if plain.dtype == np.uint8 else grey(plain)),
-        cloud_share=math.nan if sensor is None else cloud_share(plain, valid, sensor),
-        band_means=[round(float(value), 4) for value in band_means],
-        band_stds=[round(float(value), 4) for value in band_stds],
+        # 8 bits of a sensor's whole range leave few for one scene.
+        phash=perceptual_hash(shade if small else grey(values)),
+        cloud_share=math.nan if sensor is None else cloud_share(seen, valid, sensor),
+        band_means=[_rounded(float(value), plain) for value in band_means],
+        band_stds=[_rounded(float(value), plain) for value in band_stds],
     )
+
+
+def _rounded(value: float, plain: bool) -> float:
+    """Four decimals; of scaled values, which may be small, seven digits."""
+    return round(value, 4) if plain else float(f"{value:.7g}")
 
 
 def _block_means(pixels: Pixels | NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -117,28 +124,38 @@ def _histograms(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> N
     return np.array([image.histogram(mask) for image in images]).reshape(-1, 256)
 
 
-def cloud_share(pixels: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor) -> float:
+def cloud_share(values: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor) -> float:
     """Share of a tile that is broad, bright and white as clouds are: an estimate, 0 to 1.
 
     Of blocks of CLOUD_BLOCK pixels, so that a bright roof is none; snow, salt and large roofs of
     concrete are. Bright and white are what Fmask's first tests ask for (Zhu & Woodcock 2012),
     with the sensor's own range in place of reflectances, which pictures of 8 bits do not have.
     NaN where the sensor has no red, green and blue.
+
+    Args:
+        values: (H, W, C): pixels of 8 bits as they are, of all others `input_values`.
     """
     if sensor.visible is None:
         return math.nan
-    height, width = (side // CLOUD_BLOCK * CLOUD_BLOCK for side in pixels.shape[:2])
+    height, width = (side // CLOUD_BLOCK * CLOUD_BLOCK for side in values.shape[:2])
     if not height or not width:
         return math.nan
-    seen = pixels[:height, :width]
-    if sensor.visible != [0, 1, 2] or pixels.shape[2] != 3:
+    seen = values[:height, :width]
+    if sensor.visible != [0, 1, 2] or values.shape[2] != 3:
         seen = seen[..., sensor.visible]
     colour = _block_means(seen)
-    mean = np.array(sensor.mean, np.float32)[sensor.visible]
-    std = np.array(sensor.std, np.float32)[sensor.visible]
-    floor = np.full(3, CLOUD_8_BIT) if pixels.dtype == np.uint8 else mean + std / 2
-    low, high = colour.min(axis=2), colour.max(axis=2)
-    cloud = (colour > floor).all(axis=2) & (high - low < CLOUD_COLOUR * high)
+    floor: NDArray[Any] | float
+    if values.dtype == np.uint8:
+        floor = CLOUD_8_BIT
+    elif sensor.mean is not None and sensor.std is not None:
+        mean, std = np.array(sensor.mean, np.float32), np.array(sensor.std, np.float32)
+        floor = (mean + std / 2)[sensor.visible]
+    else:  # as far up the range as half a deviation above the mean
+        low, high = _clip(sensor)
+        floor = low + (high - low) * 3.5 / 6
+    darkest, brightest = colour.min(axis=2), colour.max(axis=2)
+    white = brightest - darkest < CLOUD_COLOUR * brightest
+    cloud = (colour > floor).all(axis=2) & white
     if valid is None:
         return round(float(cloud.mean()), 6)
     whole = _block_means(valid[:height, :width, None])[..., 0] == 1
@@ -146,10 +163,26 @@ def cloud_share(pixels: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor)
 
 
 def eight_bit(pixels: Pixels, sensor: Sensor) -> NDArray[np.uint8]:
-    """Each band scaled so that the sensor's mean ± 3 standard deviations are 0 to 255."""
-    scale = 255 / (6 * np.array(sensor.std, np.float32))
-    scaled = (pixels - np.array(sensor.mean, np.float32)) * scale + np.float32(127.5)
+    """Decoded pixels of more than 8 bits in 0 to 255, each band for itself.
+
+    0 to 255 are the sensor's mean ± 3 standard deviations, and where these are null its clip.
+    """
+    return _eight_bit(input_values(pixels, sensor), sensor)
+
+
+def _eight_bit(values: Pixels, sensor: Sensor) -> NDArray[np.uint8]:
+    if sensor.mean is not None and sensor.std is not None:
+        scale = 255 / (6 * np.array(sensor.std, np.float32))
+        scaled: Pixels = (values - np.array(sensor.mean, np.float32)) * scale + np.float32(127.5)
+    else:
+        low, high = _clip(sensor)
+        scaled = (values - np.float32(low)) * np.float32(255 / (high - low))
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _clip(sensor: Sensor) -> tuple[float, float]:
+    assert sensor.clip is not None  # else its mean and std are given
+    return sensor.clip
 
 
 def grey(pixels: Pixels) -> Pixels:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ringmo.config import Ingest, Sensor
 from ringmo.data import scenes, store
+from ringmo.data.decode import fitted
 from ringmo.data.layouts import Labels, Member
 from ringmo.data.measures import measure
 from ringmo.data.sources import Image
@@ -226,8 +227,14 @@ def _labels(
 
 
 def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile) -> Row:
-    """A tile's row of the manifest, as far as its pixels and its scene know."""
-    height, width, bands = tile.pixels.shape
+    """A tile's row of the manifest, as far as its pixels and its scene know.
+
+    Raises:
+        BadInput: its values do not fit the sensor's dtype.
+    """
+    sensor = sensors[name]
+    pixels = fitted(tile.pixels, sensor.decoded)
+    height, width, bands = pixels.shape
     minx, miny, maxx, maxy = tile.bounds
     scale = tile.window.scale
     window = f"{content}:{tile.row}:{tile.col}:{height}:{width}"
@@ -243,7 +250,7 @@ def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile)
         "scale": scale,
         "sensor": name,
         "bands": bands,
-        "dtype": str(tile.pixels.dtype),
+        "dtype": str(pixels.dtype),
         "crs": tile.crs,
         "minx": minx,
         "miny": miny,
@@ -251,7 +258,7 @@ def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile)
         "maxy": maxy,
         "gsd_m": tile.gsd_m,
         "acquired": tile.acquired,
-        **asdict(measure(tile.pixels, tile.valid, sensors[name])),
+        **asdict(measure(pixels, tile.valid, sensor)),
         "content_hash": store.sha256(tile.data),
         **store.NO_LABELS,
     }

@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,27 +101,59 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sensor_of(bands: int, dtype: str, sensors: dict[str, Sensor]) -> str:
-    """Name of the sensor that these bands fit: by their number and dtype, which no two share.
+def sensor_of(
+    bands: int,
+    dtype: str,
+    sensors: Mapping[str, Sensor],
+    chosen: str | None = None,
+    names: Sequence[str | None] = (),
+) -> str:
+    """Name of the sensor that these bands fit, by their number and dtype.
 
-    float64 fits a sensor of float32, which is what it is decoded to.
+    float64 counts as float32, and every complex type as complex64. uint16 fits a sensor of int16
+    where no sensor of uint16 has so many bands; `decode.fitted` then looks at the values. Of
+    sensors that share both, it is the one that was chosen, or whose bands have these names.
+
+    Args:
+        chosen: what ingest.about says of the source. names: the bands' descriptions.
 
     Raises:
-        BadInput: none fits; the reason names the nearest.
+        BadInput: none fits, which names the nearest; the chosen one does not; several do.
     """
-    decoded = decode.DTYPES.get(dtype)
-    for name, sensor in sensors.items():
-        if len(sensor.bands) == bands and sensor.dtype == decoded:
-            return name
+    kind = "complex64" if dtype.startswith("complex") else decode.DTYPES.get(dtype)
+    of_bands = {name: s for name, s in sensors.items() if len(s.bands) == bands}
+    exact = [name for name, sensor in of_bands.items() if sensor.dtype == kind]
+    near = [name for name, s in of_bands.items() if (dtype, s.dtype) == ("uint16", "int16")]
+    found, fit = f"{_bands(bands)} of {dtype}", "fits" if bands == 1 else "fit"
+    if chosen is not None:
+        if chosen not in exact + near:
+            raise BadInput(
+                f"{found}: not of sensor {chosen}, which ingest.about names "
+                f"({_its_bands(sensors[chosen])})"
+            )
+        return chosen
+    fitting = exact or near
+    if len(fitting) > 1:
+        said = [(name or "").lower() for name in names]
+        named = [one for one in fitting if [b.lower() for b in sensors[one].bands] == said]
+        fitting = named if len(named) == 1 else fitting
+    if len(fitting) > 1:
+        raise BadInput(
+            f"{found} {fit} sensors {' and '.join(fitting)}: say which it is, "
+            f"ingest.about: {{SOURCE: {{sensor: {fitting[0]}}}}}, or describe its bands in the file"
+        )
+    if fitting:
+        return fitting[0]
 
     def distance(name: str) -> tuple[bool, int]:
-        return sensors[name].dtype != decoded, abs(len(sensors[name].bands) - bands)
+        return sensors[name].dtype != kind, abs(len(sensors[name].bands) - bands)
 
-    near = min(sensors, key=distance)
-    raise BadInput(
-        f"{_bands(bands)} of {dtype} {'fits' if bands == 1 else 'fit'} no sensor (nearest: {near}, "
-        f"{_bands(len(sensors[near].bands))} of {sensors[near].dtype})"
-    )
+    nearest = min(sensors, key=distance)
+    raise BadInput(f"{found} {fit} no sensor (nearest: {nearest}, {_its_bands(sensors[nearest])})")
+
+
+def _its_bands(sensor: Sensor) -> str:
+    return f"{_bands(len(sensor.bands))} of {sensor.dtype}"
 
 
 def _bands(count: int) -> str:
@@ -150,7 +182,7 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
             _refuse_odd(file)
             numbers = decode.colour_bands(file)
             names = [file.descriptions[number - 1] for number in numbers]
-            name = _sensor(len(numbers), file.dtypes[0], sensors, sensor, names)
+            name = sensor_of(len(numbers), file.dtypes[0], sensors, sensor, names)
             scene = _Scene(path, file)
             _refuse_bomb(path, scene.height * scene.width * scene.layout.pixel_bytes)
             scale = scene.scale(ingest.gsd_m)
@@ -165,7 +197,7 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
     width, height, bands, dtype = _header(path)
     pixel_bytes = bands * np.dtype(dtype).itemsize
     _refuse_bomb(path, width * height * pixel_bytes)
-    name = _sensor(bands, dtype, sensors, sensor, [])
+    name = sensor_of(bands, dtype, sensors, sensor)
     if max(width, height) <= 2 * ingest.tile_size:
         data = path.read_bytes()
         whole = Window(0, 0, height, width)
@@ -174,16 +206,6 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
     windows = _windows(height, width, ingest, 1.0)
     layout = Layout(height, width, 1, width, pixel_bytes)
     return Look(name, None, windows, _groups(windows, layout, layout.group_bytes), (height, width))
-
-
-def _sensor(
-    bands: int,
-    dtype: str,
-    sensors: dict[str, Sensor],
-    chosen: str | None,
-    names: Sequence[str | None],
-) -> str:
-    return sensor_of(bands, dtype, sensors)
 
 
 def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Iterator[Tile | None]:
@@ -209,9 +231,12 @@ def _header(path: Path) -> tuple[int, int, int, str]:
         with path.open("rb") as file:
             head = file.read(26)
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            bands = {"P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3}.get(image.mode, 1)
-            deep = decode.kind(head) == "png" and decode.deep_png(head)
-            return image.width, image.height, bands, "uint16" if deep else "uint8"
+            if decode.kind(head) != "png":
+                return image.width, image.height, 1 if image.mode == "L" else 3, "uint8"
+            # Types 0 and 4 are grey; Pillow's mode is RGBA for grey of 16 bits with alpha.
+            bands = 1 if head[25] in (0, 4) else 3
+            dtype = "uint16" if decode.deep_png(head) else "uint8"
+            return image.width, image.height, bands, dtype
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:

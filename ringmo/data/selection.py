@@ -1,18 +1,22 @@
 """Which tiles a training may see, and in which split: small tables of keys and hashes.
 
 Trainings depend on these and not on the store, so that a corrected label runs one fine-tuning
-again and not the pre-training.
+again and not the pre-training. Beside them, the normalisation of sensors whose mean and std are
+null in params.yaml: those of the training tiles.
 """
 
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from ringmo import console
-from ringmo.config import Config
+from ringmo.config import Config, Sensor
 from ringmo.data import store
 from ringmo.errors import BadInput
-from ringmo.stage import Report
+from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -20,14 +24,17 @@ if TYPE_CHECKING:
 
 PRETRAIN_COLUMNS = {"key": "string", "content_hash": "string", "split": "string"}
 TASK_COLUMNS = {**PRETRAIN_COLUMNS, "label": "string"}
+NORMALISATION = "normalisation.json"
 KEPT = "kept-selection.parquet"
+KEPT_NORMALISATION = "kept-normalisation.json"
 
 
 def select(config: Config, workspace: Workspace, out: Path) -> Report:
     """Write out/pretrain.parquet (train and val, no labels) and out/scene.parquet (labelled).
 
     The first holds tiles of all sensors in pretrain.mix, the second those of select.sensor. Test
-    tiles are never in the first, blank ones never among what trains.
+    tiles are never in the first, blank ones never among what trains. out/normalisation.json has
+    the mean and std of the first's training tiles for sensors whose own are null.
 
     Raises:
         BadInput: the manifest is missing or damaged, or no tile of a sensor can train.
@@ -41,7 +48,8 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
 
     seen = tiles[tiles["split"].isin(["train", "val"])][list(PRETRAIN_COLUMNS)]
     kept = workspace.state / KEPT
-    if config.pretrain.refresh == "keep" and kept.exists():
+    keep = config.pretrain.refresh == "keep" and kept.exists()
+    if keep:
         remedy = "remove it, or set pretrain.refresh to full"
         before = store.read_table(kept, PRETRAIN_COLUMNS, remedy)
         # A tile that has left the store cannot be read; its absence is no new imagery.
@@ -50,6 +58,11 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     sensors = _a_sensor(seen, tiles, mix)
     store.write_table(out / "pretrain.parquet", seen, PRETRAIN_COLUMNS)
     store.write_table(kept, seen, PRETRAIN_COLUMNS)
+    kept = workspace.state / KEPT_NORMALISATION
+    known = _read_normalisation(kept, "remove it") if keep and kept.exists() else {}
+    normalisation = _normalisation(config, seen, tiles, known)
+    write_json(out / NORMALISATION, normalisation)
+    write_json(kept, normalisation)
 
     usable = tiles["split"].isin(["train", "val", "test"]) & tiles["label"].notna()
     usable &= tiles["sensor"] == config.select.sensor
@@ -76,6 +89,82 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
         "{train} train, {val} val, {test} test".format(**report.figures)
     )
     return report
+
+
+def resolved(config: Config, workspace: Workspace) -> dict[str, Sensor]:
+    """The sensors of pretrain.mix with numbers for mean and std.
+
+    Raises:
+        BadInput: a sensor's are null and `select` has not found them.
+    """
+    sensors = {name: config.sensors[name] for name in config.pretrain.mix}
+    if all(sensor.mean is not None for sensor in sensors.values()):
+        return sensors
+    path = workspace.work("select") / NORMALISATION
+    found = _read_normalisation(path, "run `ringmo select`")
+    for name, sensor in sensors.items():
+        if sensor.mean is None:
+            of = found.get(name, {})
+            if of.get("reading") != sensor.reading:
+                raise BadInput(f"{path}: nothing of sensor `{name}` as it is: run `ringmo select`")
+            numbers = {"mean": of.get("mean"), "std": of.get("std")}
+            try:
+                sensors[name] = Sensor.model_validate({**sensor.described(), **numbers})
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                raise BadInput(f"{path}: {name}: {said}: run `ringmo select`") from None
+    return sensors
+
+
+def _read_normalisation(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}: {remedy}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
+        raise BadInput(f"{path} is damaged: {remedy}")
+    return found
+
+
+def _normalisation(
+    config: Config, seen: "pandas.DataFrame", tiles: "pandas.DataFrame", known: dict[str, Any]
+) -> dict[str, Any]:
+    """Sensor → mean and std a band of all its training pixels with data, where its own are null.
+
+    Args:
+        seen: the selection. tiles: rows of the manifest. known: what was kept, and stays where
+            it is of pixels read in the same way.
+    """
+    import numpy as np
+
+    normalisation = {}
+    chosen = tiles[tiles["key"].isin(seen["key"][seen["split"] == "train"])]
+    for name in config.pretrain.mix:
+        sensor = config.sensors[name]
+        if sensor.mean is not None:
+            continue
+        if known.get(name, {}).get("reading") == sensor.reading:
+            normalisation[name] = known[name]
+            continue
+        own = chosen[(chosen["sensor"] == name) & (chosen["bands"] == len(sensor.bands))]
+        own = own[own["band_means"].notna() & (own["nodata_share"] < 1)]
+        if own.empty:
+            raise BadInput(f"tiles of sensor `{name}` lack their bands' means: run `ringmo ingest`")
+        pixels = own["width"] * own["height"] * (1 - own["nodata_share"])
+        weights = (pixels / pixels.sum()).to_numpy()
+        means, stds = np.stack(own["band_means"].to_list()), np.stack(own["band_stds"].to_list())
+        mean = weights @ means
+        std = np.sqrt(weights @ (stds**2 + (means - mean) ** 2))
+        std[std == 0] = 1  # of a band that is the same everywhere
+        normalisation[name] = {
+            "reading": sensor.reading,
+            "mean": [float(f"{value:.6g}") for value in mean],
+            "std": [float(f"{value:.6g}") for value in std],
+        }
+        console.note(f"select: mean and std of sensor `{name}` are of {len(own)} training tiles")
+    return normalisation
 
 
 def _a_sensor(

@@ -34,7 +34,7 @@ from ringmo import console
 from ringmo.config import Config
 from ringmo.data import store
 from ringmo.data.loading import SelectedTiles
-from ringmo.data.selection import TASK_COLUMNS, fewer_labels
+from ringmo.data.selection import TASK_COLUMNS, fewer_labels, resolved
 from ringmo.errors import BadInput
 from ringmo.evaluation import metrics, pictures, probes
 from ringmo.evaluation.evaluate import histograms
@@ -210,7 +210,7 @@ class _Comparison:
                 f"class folders"
             )
         self.truth = self._numbers(self.test)
-        self.sensor = config.select.sensor
+        self.sensor, self.sensors = config.select.sensor, resolved(config, workspace)
         self.device = choose_device(config.hardware)
         self.kept = workspace.state / "compare"
         self.kept.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ class _Comparison:
             file_hash(unlabelled),
             config.model,
             config.pretrain,
-            {name: config.sensors[name].model_dump(mode="json") for name in config.pretrain.mix},
+            {name: sensor.described() for name, sensor in self.sensors.items()},
         )
 
         # Every fine-tuning's selection is as long as the largest, and never less than a batch.
@@ -408,14 +408,14 @@ class _Comparison:
 
     def _random(self) -> tuple[Encoder, dict[str, Any]]:
         """An untrained encoder, and what `bundle.answer` must know of it."""
-        sensor = self.config.sensors[self.sensor]
+        sensor = self.sensors[self.sensor]
         torch.manual_seed(self.config.pretrain.seed)
         model = encoder(self.config.model, {self.sensor: len(sensor.bands)}).to(self.device).eval()
-        sensors = {self.sensor: sensor.model_dump(mode="json")}
+        sensors = {self.sensor: sensor.described()}
         return model, {"sensors": sensors, "image_size": self.config.model.image_size}
 
     def _random_key(self) -> str:
-        sensor = self.config.sensors[self.sensor]
+        sensor = self.sensors[self.sensor].described()
         return configuration.digest(self.config.model, sensor, self.config.pretrain.seed)
 
     def _answers(
@@ -446,7 +446,7 @@ class _Comparison:
     def _described(self) -> tuple[Tensor, Tensor, Tensor]:
         """Histograms of train, val and test tiles."""
         return tuple(  # type: ignore[return-value]
-            torch.from_numpy(histograms(tiles, self.config.sensors[self.sensor]))
+            torch.from_numpy(histograms(tiles, self.sensors[self.sensor]))
             for tiles in (self.train, self.val, self.test)
         )
 

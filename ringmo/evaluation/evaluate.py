@@ -41,9 +41,10 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     train = SelectedTiles(workspace, selection, "train")
     if not len(test):
         raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
-    device, sensor = str(choose_device(config.hardware)), config.sensors[config.select.sensor]
+    device = str(choose_device(config.hardware))
     model = bundle.load(workspace.work(f"finetune@{task}") / "model", device)
     scratch = bundle.load(workspace.work(f"scratch@{task}") / "model", device)
+    sensor = Sensor.model_validate(model.meta["sensors"][model.meta["sensor"]])
 
     truth = test.table["label"].astype(str).to_numpy()
     probabilities, from_scratch = _probabilities([model, scratch], test)

@@ -136,15 +136,14 @@ def _open(workspace: Workspace, ref: str) -> Any:
 def _read(path: Path, sensor: dict[str, Any]) -> Any:
     """Pixels (H, W, bands) as the sensor's, or the reason why there are none."""
     from ringmo.data.decode import decode
-    from ringmo.registry.bundle import unfit
+    from ringmo.registry.bundle import fit
 
     try:
-        pixels = decode(path.read_bytes())
+        return fit(decode(path.read_bytes()), sensor)
     except BadInput as error:
         return str(error)
     except OSError as error:
         return str(error.strerror)
-    return unfit(pixels, sensor) or pixels
 
 
 def _best(probabilities: Any, classes: list[str], top: int) -> dict[str, Any]:

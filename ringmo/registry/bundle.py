@@ -1,6 +1,6 @@
 """The bundle: a model as two files, model.safetensors and model.json, and nothing else.
 
-It holds all that answering needs: architecture, sensors with their bands and normalisation,
+It holds all that answering needs: architecture, sensors with their bands, steps and normalisation,
 classes, and an example with its answer. Loading one reads tensors and JSON, and executes nothing
 from it.
 """
@@ -16,18 +16,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ringmo.config import Model, Sensor
-from ringmo.data.decode import Pixels
+from ringmo.data.decode import Pixels, filled, fitted
 from ringmo.data.loading import square
+from ringmo.data.values import decoded_pixels
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Encoder, encoder, one_of, transfer
 from ringmo.models.classifier import Classifier
+from ringmo.models.normal import Normal
 from ringmo.stage import write_json
 
 SCHEMA = 2
@@ -63,6 +65,13 @@ class Meta(BaseModel):
     weights_sha256: str
     lineage: dict[str, Any]
     figures: dict[str, Any]
+
+    @field_validator("sensors")
+    @classmethod
+    def _normalised(cls, sensors: dict[str, Sensor]) -> dict[str, Sensor]:
+        if any(sensor.mean is None for sensor in sensors.values()):
+            raise ValueError("mean and std are null: a model needs their numbers")
+        return sensors
 
 
 @dataclass
@@ -126,10 +135,12 @@ class Bundle:
     ) -> NDArray[np.float32]:
         sensor, answers = one_of(self.meta["sensors"], sensor), []
         for start in range(0, len(images), batch_size):
-            chunk = images[start : start + batch_size]
-            for image in chunk:
-                if reason := unfit(image, self.meta["sensors"][sensor]):
-                    raise BadInput(f"an image of shape {image.shape}: {reason}")
+            chunk = []
+            for image in images[start : start + batch_size]:
+                try:
+                    chunk.append(fit(image, self.meta["sensors"][sensor]))
+                except BadInput as error:
+                    raise BadInput(f"an image of shape {image.shape}: {error}") from None
             small = torch.stack([square(image, read_size(self.meta)) for image in chunk])
             answers.append(answer(model or self.model, small.to(self.device), self.meta, sensor))
         if not answers:
@@ -138,19 +149,24 @@ class Bundle:
         return torch.cat(answers).cpu().numpy()
 
 
-def unfit(image: Pixels, sensor: Mapping[str, Any]) -> str | None:
-    """Why a model cannot read an image as one of this sensor; None where it can."""
-    bands, dtype = len(sensor["bands"]), sensor["dtype"]
+def fit(image: Pixels, sensor: Mapping[str, Any]) -> Pixels:
+    """An image (H, W, bands) as a model reads it of this sensor; complex values as their power.
+
+    Raises:
+        BadInput: it is none of this sensor; the reason.
+    """
+    of = Sensor.model_validate(sensor)
+    bands = len(of.bands)
     if image.ndim != 3:
-        return f"{image.ndim} dimensions, the model reads (height, width, {bands})"
+        raise BadInput(f"{image.ndim} dimensions, the model reads (height, width, {bands})")
     if image.shape[2] != bands:
-        return f"{image.shape[2]} bands, the model reads {bands}"
-    found = "float32" if image.dtype == np.float64 else image.dtype.name  # as with files
-    if found != dtype:
-        return f"pixels of {image.dtype}, the model reads {dtype}"
+        raise BadInput(f"{image.shape[2]} bands, the model reads {bands}")
+    if of.dtype == "complex64" and image.dtype.kind == "c":
+        image = filled(image, None)
+    image = fitted(image, of.decoded)
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        return "pixels that are NaN or infinite: fill them first, with their band's mean"
-    return None
+        raise BadInput("pixels that are NaN or infinite: fill them first, with their band's mean")
+    return image
 
 
 @torch.inference_mode()
@@ -160,13 +176,12 @@ def answer(
     """A classifier's probabilities (B, classes), or an encoder's features (B, C).
 
     Args:
-        images: (B, bands, S, S), not normalised, S as `read_size` says.
+        images: (B, bands, S, S), as decoded, S as `read_size` says.
         meta: `sensors` and the sizes are read. sensor: may be left out where there is one.
     """
     sensor = one_of(meta["sensors"], sensor)
-    measures = meta["sensors"][sensor]
     images = middle(images, meta["image_size"])
-    normal = normalise(images, measures["mean"], measures["std"])
+    normal = Normal(Sensor.model_validate(meta["sensors"][sensor]), images.device)(images)
     output: Tensor = model(normal) if isinstance(model, Classifier) else model(normal, sensor)
     return output.float().softmax(-1) if output.ndim == 2 else output.float().mean(dim=(1, 2))
 
@@ -206,7 +221,7 @@ def write(
     sensor = next(iter(meta["sensors"]))
     if example is None:
         example = _noise(meta["sensors"][sensor], read_size(meta))
-    small = square(example, read_size(meta))
+    small = square(fit(example, meta["sensors"][sensor]), read_size(meta))
     model.eval()
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     tensors[EXAMPLE_IMAGE] = small
@@ -237,10 +252,7 @@ def _noise(sensor: Mapping[str, Any], size: int) -> Pixels:
     """An image (size, size, C) about as bright as the sensor's."""
     random = np.random.default_rng(0)
     noise = random.normal(sensor["mean"], sensor["std"], (size, size, len(sensor["bands"])))
-    dtype = np.dtype(sensor["dtype"])
-    if dtype.kind in "iu":
-        noise = noise.round().clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
-    return noise.astype(dtype)
+    return decoded_pixels(noise, Sensor.model_validate(sensor))
 
 
 def load_meta(folder: Path) -> dict[str, Any]:

@@ -78,19 +78,16 @@ def _pixels(item: Any, where: str, sensor: dict[str, Any]) -> "NDArray[Any]":
     import numpy as np
 
     from ringmo.data.decode import decode
-    from ringmo.registry.bundle import unfit
+    from ringmo.registry.bundle import fit
 
     if isinstance(item, str | Path):
         try:
             item, where = Path(item).read_bytes(), str(item)
         except OSError as error:
             raise BadInput(f"{item}: {error.strerror}") from None
-    if isinstance(item, bytes | bytearray | memoryview):
-        try:
+    try:
+        if isinstance(item, bytes | bytearray | memoryview):
             item = decode(bytes(item))
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
-    pixels = np.asarray(item)
-    if reason := unfit(pixels, sensor):
-        raise BadInput(f"{where}: {reason}")
-    return pixels
+        return fit(np.asarray(item), sensor)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ringmo import console
-from ringmo.config import Finetune, Pretrain, Sensor
+from ringmo.config import Finetune, Pretrain
 from ringmo.data.loading import SelectedTiles, shuffled
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Encoder
@@ -104,25 +104,6 @@ def parameter_groups(
         {"params": members, "weight_decay": decay, "scale": scale}
         for (decay, scale), members in groups.items()
     ]
-
-
-class Normal:
-    """A sensor's mean and deviation on a device: pixels to and from normalised space."""
-
-    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
-        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
-
-    @classmethod
-    def of(cls, sensor: Sensor, device: torch.device) -> "Normal":
-        return cls(sensor.mean, sensor.std, device)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, bands, H, W) in the sensor's units → float32 of mean 0 and deviation 1 a band."""
-        return (pixels.float() - self.mean) / self.std
-
-    def back(self, images: Tensor) -> Tensor:
-        return images * self.std + self.mean
 
 
 class Figures:

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from ringmo import config as configuration
 from ringmo.config import Config
 from ringmo.data.loading import SelectedTiles
+from ringmo.data.selection import resolved
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Transfer, encoder, transfer
 from ringmo.models.classifier import Classifier
+from ringmo.models.normal import Normal
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
 from ringmo.training import engine
 from ringmo.training.augmentation import erased, holes, mixed
-from ringmo.training.engine import Normal, Trainer
+from ringmo.training.engine import Trainer
 from ringmo.training.machine import Machine
 from ringmo.training.rand_augment import changes, rand_augment
 from ringmo.workspace import Workspace
@@ -69,7 +71,9 @@ def finetune(
         )
 
     architecture = config.model
-    if not from_scratch:
+    if from_scratch:
+        sensor = resolved(config, workspace)[name]
+    else:
         pretrained = bundle.load(encoder or workspace.work("pretrain") / "encoder")
         sensor = _sensor_of(pretrained, name, sensor)
         architecture = configuration.Model.model_validate(pretrained.meta["architecture"])
@@ -81,14 +85,14 @@ def finetune(
     size = architecture.image_size
     params = {
         "model": architecture.model_dump(mode="json"),
-        "sensors": {name: sensor.model_dump(mode="json")},
+        "sensors": {name: sensor.described()},
         f"finetune.{task}": settings.model_dump(mode="json"),
     }
     revision = REVISIONS["finetune"]
     fingerprint = configuration.digest(selection_hash, params, revision, encoder_hash)
 
     machine = Machine(config.hardware)
-    normal = Normal.of(sensor, machine.device)
+    normal = Normal(sensor, machine.device)
     torch.manual_seed(settings.seed)
     model = _classifier(architecture, {name: len(sensor.bands)}, settings.drop_path, len(classes))
     generated, notes = train.generated, []
@@ -201,14 +205,21 @@ def _sensor_of(
     pretrained: bundle.Bundle, name: str, sensor: configuration.Sensor
 ) -> configuration.Sensor:
     """The task's sensor as the encoder knows it: its normalisation belongs to its weights."""
-    known = pretrained.meta["sensors"].get(name)
-    if known is None or known["bands"] != sensor.bands or known["dtype"] != sensor.dtype:
-        found = "no such sensor" if known is None else f"{known['bands']} of {known['dtype']}"
+    again = "pre-train again with it in pretrain.mix"
+    meta = pretrained.meta["sensors"].get(name)
+    if meta is None or meta["bands"] != sensor.bands or meta["dtype"] != sensor.dtype:
+        found = "no such sensor" if meta is None else f"{meta['bands']} of {meta['dtype']}"
         raise BadInput(
             f"{pretrained.folder}: sensor {name} has {sensor.bands} of {sensor.dtype}, the encoder "
-            f"knows {found}: pre-train again with it in pretrain.mix"
+            f"knows {found}: {again}"
         )
-    return configuration.Sensor.model_validate(known)
+    known = configuration.Sensor.model_validate(meta)
+    if known.steps != sensor.steps:
+        raise BadInput(
+            f"{pretrained.folder}: scale, offset, decibels and clip of sensor {name} are "
+            f"{sensor.steps}, the encoder knows {known.steps}: {again}"
+        )
+    return known
 
 
 def _classifier(

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ringmo import config as configuration
-from ringmo.config import Config, Sensor
-from ringmo.data.colours import visible
+from ringmo.config import Config
+from ringmo.data.colours import stretched
 from ringmo.data.loading import SelectedTiles
+from ringmo.data.selection import resolved
 from ringmo.evaluation import pictures, probes
 from ringmo.models.backbone import timm_weights, transfer
 from ringmo.models.mae import MAE
+from ringmo.models.normal import Normal
 from ringmo.models.pretraining import pretraining_model
 from ringmo.models.ringmo import RingMo
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
 from ringmo.training import engine
-from ringmo.training.engine import Normal, Trainer
+from ringmo.training.engine import Trainer
 from ringmo.training.machine import Machine
 from ringmo.workspace import Workspace
 
@@ -46,13 +48,13 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     """
     selection = workspace.work("select") / "pretrain.parquet"
     settings, size = config.pretrain, config.model.image_size
-    sensors = {name: config.sensors[name] for name in settings.mix}
+    sensors = resolved(config, workspace)
     bands = {name: len(sensor.bands) for name, sensor in sensors.items()}
     selection_hash = engine.file_hash(selection)
     init_hash = engine.file_hash(Path(settings.init)) if settings.init else None
     params = {
         "model": config.model.model_dump(mode="json"),
-        "sensors": {name: sensor.model_dump(mode="json") for name, sensor in sensors.items()},
+        "sensors": {name: sensor.described() for name, sensor in sensors.items()},
         # How often a figure is taken is no part of what is trained.
         "pretrain": settings.model_dump(mode="json", exclude={"knn_every"}),
     }
@@ -62,7 +64,7 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     train = {name: SelectedTiles(workspace, selection, "train", name) for name in sensors}
     val = {name: SelectedTiles(workspace, selection, "val", name) for name in sensors}
     machine = Machine(config.hardware, unused_parameters=len(sensors) > 1)
-    normal = {name: Normal.of(sensor, machine.device) for name, sensor in sensors.items()}
+    normal = {name: Normal(sensor, machine.device) for name, sensor in sensors.items()}
 
     torch.manual_seed(settings.seed)
     model = pretraining_model(config.model, settings, bands)
@@ -96,7 +98,8 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
         try_out,
         config.hardware.compile,
     )
-    neighbours = Neighbours(config, workspace, machine) if machine.first else None
+    ours = normal[config.select.sensor]
+    neighbours = Neighbours(config, workspace, machine, ours) if machine.first else None
 
     for batch in trainer.batches():
         images = normal[batch.sensor](trainer.augmented(batch))
@@ -117,7 +120,7 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
             if machine.first and (trainer.epoch % settings.picture_every == 0 or trainer.ended):
                 for name in sensors:
                     held_out = val[name] if len(val[name]) else train[name]
-                    _picture(trainer, model, name, sensors[name], held_out)
+                    _picture(trainer, model, name, normal[name], held_out)
         trainer.save_if_due(best=val_loss)
 
     figures = {
@@ -181,12 +184,11 @@ def _mask(trainer: Trainer, model: RingMo | MAE, count: int, number: int) -> Ten
 
 @torch.no_grad()
 def _picture(
-    trainer: Trainer, model: RingMo | MAE, name: str, sensor: Sensor, tiles: SelectedTiles
+    trainer: Trainer, model: RingMo | MAE, name: str, normal: Normal, tiles: SelectedTiles
 ) -> None:
     """Original, masked and reconstructed, of the same tiles and masks every time."""
     rows = np.linspace(0, len(tiles) - 1, min(SHOWN, len(tiles))).astype(int)
     small = torch.stack([tiles.small(int(row), trainer.image_size) for row in rows])
-    normal = Normal.of(sensor, trainer.machine.device)
     images = normal(trainer.machine.upload(small))
     mask = _mask(trainer, model, len(images), 0)
     model.eval()
@@ -200,7 +202,7 @@ def _picture(
     def shown(pixels: np.ndarray) -> np.ndarray:
         """Reconstructions are stretched as their originals are."""
         pairs = zip(pixels, originals, strict=True)
-        return np.stack([visible(one, sensor, like) for one, like in pairs])
+        return np.stack([stretched(one, normal.sensor, like) for one, like in pairs])
 
     originals = back(images)
     only = len(trainer.tiles) == 1
@@ -216,11 +218,12 @@ class Neighbours:
     None of it reaches the encoder.
     """
 
-    def __init__(self, config: Config, workspace: Workspace, machine: Machine) -> None:
+    def __init__(
+        self, config: Config, workspace: Workspace, machine: Machine, normal: Normal
+    ) -> None:
         selection = workspace.work("select") / "scene.parquet"
         self.sensor, self.size = config.select.sensor, config.model.image_size
-        self.normal = Normal.of(config.sensors[self.sensor], machine.device)
-        self.machine = machine
+        self.normal, self.machine = normal, machine
         self.splits: list[tuple[SelectedTiles, np.ndarray]] = []
         if selection.exists():
             for split in ("train", "val"):

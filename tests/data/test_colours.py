@@ -3,7 +3,7 @@
 import numpy as np
 
 from ringmo.config import Sensor
-from ringmo.data.colours import visible
+from ringmo.data.colours import stretched, visible
 
 S2 = ["B01", "B02", "B03", "B04", "B08"]
 
@@ -33,5 +33,20 @@ def test_a_reconstruction_is_stretched_as_its_original() -> None:
     original = np.linspace(-20, 0, 100, dtype=np.float32).reshape(10, 10, 1)
     radar = sensor(["VV"], "float32")
     assert np.ptp(visible(original, radar)) == 255
-    flat = visible(np.full_like(original, -10), radar, original)
+    flat = stretched(np.full_like(original, -10), radar, original)
     assert flat.shape == (10, 10, 1) and np.ptp(flat) == 0 and 127 <= flat.flat[0] <= 128
+
+
+def test_power_is_shown_in_decibels_and_scaled_bytes_as_bytes() -> None:
+    radar = Sensor.model_validate(
+        {"bands": ["HH"], "dtype": "complex64", "decibels": True, "mean": [0], "std": [1]}
+    )
+    decades = np.logspace(0, 8, 81, dtype=np.float32).reshape(9, 9, 1)
+    assert np.median(visible(decades, radar)) in (127, 128)
+    scaled = Sensor.model_validate(
+        {"bands": ["grey"], "dtype": "uint8", "scale": 1 / 255, "mean": [0], "std": [1]}
+    )
+    tile = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    assert (visible(tile, scaled) == tile).all()
+    # A reconstruction comes in the units of the mean, here 0 to 1.
+    assert np.ptp(stretched(tile / np.float32(255), scaled)) == 255

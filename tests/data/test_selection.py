@@ -1,5 +1,6 @@
 """Selections: test tiles never train, labels stay out of pre-training, and `keep` keeps."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -163,3 +164,89 @@ def test_no_tile_of_the_sensor_is_bad_input(run, choose, workspace, manifest, tm
     store.write_table(workspace.store / store.MANIFEST, tiles, store.COLUMNS)
     with pytest.raises(BadInput, match=r"select\.sensor"):
         choose()
+
+
+def normalisation(workspace: Any) -> Any:
+    return json.loads((workspace.work("select") / "normalisation.json").read_text())
+
+
+RADAR = {"bands": ["VV", "VH"], "dtype": "float32", "scale": 0.5, "clip": [-15, 2]}
+RADAR |= {"mean": None, "std": None}
+
+
+def test_sensors_with_numbers_of_their_own_need_none(run, choose, workspace, tmp_path):
+    run(several_sensors(tmp_path / "in"))
+    choose(pretrain__mix={"rgb": 0.5, "s1": 0.5})
+    assert normalisation(workspace) == {}
+
+
+def test_null_becomes_mean_and_deviation_of_all_training_pixels(
+    run, choose, workspace, manifest, tmp_path
+):
+    """Tiles of two sizes, some with gaps, none of val or test: as over all pixels at once."""
+    from ringmo.data.decode import decode
+    from ringmo.data.store import TileStore
+
+    params.edit(workspace.params_file, {"sensors.s1": RADAR})
+    for i in range(24):
+        side = 48 if i % 3 else 80
+        values = sensed("s1", 10 * i, side, side)
+        values[: 10 * (i % 2)] = np.nan
+        write_bands(tmp_path / "in" / f"{i}.tif", values, 5000 * i)
+    run(tmp_path / "in")
+    report = choose(select__sensor="s1", pretrain__mix={"s1": 1.0})
+    assert report.figures["tiles"] > 10
+    tiles, chosen = manifest().set_index("key"), table(workspace, "pretrain")
+    pixels = []
+    for key in chosen["key"][chosen["split"] == "train"]:
+        row, source = tiles.loc[key], TileStore(workspace.store)
+        values = decode(source.read(row["shard"], row["offset"], row["size"]))
+        gap = round(row["nodata_share"] * row["height"])
+        pixels.append((values[gap:] * 0.5).clip(-15, 2).reshape(-1, 2).astype(np.float64))
+    every = np.concatenate(pixels)
+    found = normalisation(workspace)["s1"]
+    assert found["mean"] == pytest.approx(every.mean(0), rel=1e-5)
+    assert found["std"] == pytest.approx(every.std(0), rel=1e-5)
+
+
+def test_keep_keeps_the_normalisation_of_what_is_read_the_same_way(
+    run, choose, workspace, tmp_path
+):
+    from ringmo import config
+
+    def more(start: int) -> None:
+        for i in range(start, start + 12):
+            write_bands(tmp_path / "in" / f"{i}.tif", sensed("s1", 10 * i), 5000 * i)
+        run(tmp_path / "in")
+
+    config.edit(workspace.params_file, {"sensors.s1": RADAR})
+    radar = {"select__sensor": "s1", "pretrain__mix": {"s1": 1.0}}
+    more(0)
+    choose(**radar)
+    first = normalisation(workspace)
+    more(100)
+    choose(pretrain__refresh="keep")
+    assert normalisation(workspace) == first
+    choose(pretrain__refresh="full")
+    second = normalisation(workspace)
+    assert second["s1"]["mean"] != first["s1"]["mean"]
+    # In other units it would be wrong: found anew, of the tiles that are kept.
+    config.edit(workspace.params_file, {"sensors.s1.scale": 1.0, "sensors.s1.clip": [-30, 4]})
+    run(tmp_path / "in")
+    choose(pretrain__refresh="keep")
+    third = normalisation(workspace)
+    assert third["s1"]["mean"] == pytest.approx(np.array(second["s1"]["mean"]) * 2, rel=1e-4)
+
+
+def test_a_band_that_is_the_same_everywhere_does_not_divide_by_zero(
+    run, choose, workspace, tmp_path
+):
+    params.edit(workspace.params_file, {"sensors.s1": RADAR})
+    for i in range(12):
+        values = sensed("s1", 10 * i)
+        values[..., 1] = -4
+        write_bands(tmp_path / "in" / f"{i}.tif", values, 5000 * i)
+    run(tmp_path / "in")
+    choose(select__sensor="s1", pretrain__mix={"s1": 1.0})
+    found = normalisation(workspace)["s1"]
+    assert (found["mean"][1], found["std"][1]) == (-2, 1)

@@ -12,6 +12,7 @@ from ringmo.config import Config, Sensor
 from ringmo.data import store
 from ringmo.data.decode import decode
 from ringmo.data.measures import eight_bit, measure
+from ringmo.data.scenes import sensor_of
 from ringmo.data.store import TileStore
 from ringmo.errors import BadInput
 from ringmo.workspace import template
@@ -175,7 +176,7 @@ def test_a_nodata_value_that_its_pixels_cannot_have_is_no_obstacle(run, manifest
     [
         (11, "int16", "11 bands of int16 fit no sensor (nearest: s2l2a, 12 bands of int16)"),
         (1, "float64", "1 band of float64 fits no sensor (nearest: s1, 2 bands of float32)"),
-        (3, "uint16", "3 bands of uint16 fit no sensor (nearest: rgb, 3 bands of uint8)"),
+        (3, "uint16", "3 bands of uint16 fit no sensor (nearest: landsat, 7 bands of uint16)"),
         (2, "complex64", "2 bands of complex64 fit no sensor (nearest: s1, 2 bands of float32)"),
     ],
 )
@@ -184,6 +185,50 @@ def test_what_fits_no_sensor_is_told_the_nearest(bands, dtype, said, run, worksp
     write_bands(tmp_path / "in" / "odd.tif", np.ones((48, 48, bands), dtype))
     run(tmp_path / "in", ingest__max_bad_share=0.5)
     assert reasons(workspace)["odd.tif"] == said
+
+
+def declared(**sensors: tuple[str, str]) -> dict[str, Sensor]:
+    """Sensors by name: dtype and bands."""
+    return {
+        name: Sensor.model_validate(
+            {"bands": bands.split(), "dtype": dtype, "clip": [0, 9], "mean": None, "std": None}
+        )
+        for name, (dtype, bands) in sensors.items()
+    }
+
+
+def test_two_sensors_of_the_same_kind_are_told_apart():
+    two = declared(planet=("uint16", "blue green red nir"), naip=("uint16", "red green blue nir"))
+    assert sensor_of(4, "uint16", two, chosen="naip") == "naip"
+    assert sensor_of(4, "uint16", two, names=("Blue", "GREEN", "red", "nir")) == "planet"
+    for names in ((), ("a", "b", "c", "d"), (None,) * 4, ("nir", "red", "green", "blue")):
+        with pytest.raises(BadInput, match=r"planet and naip: .*ingest\.about: {SOURCE: {sensor:"):
+            sensor_of(4, "uint16", two, names=names)
+    # What is said of a source comes before what its files say, and must be possible.
+    assert sensor_of(4, "uint16", two, "naip", ("blue", "green", "red", "nir")) == "naip"
+    with pytest.raises(BadInput, match="3 bands of uint16: not of sensor naip") as refused:
+        sensor_of(3, "uint16", two, chosen="naip")
+    assert "4 bands of uint16" in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(BadInput, match="not of sensor naip"):
+        sensor_of(4, "uint8", two, chosen="naip")
+
+
+def test_uint16_is_of_a_sensor_of_int16_where_none_is_of_uint16():
+    one = declared(s2=("int16", "B2 B3 B4"))
+    assert sensor_of(3, "uint16", one) == sensor_of(3, "int16", one) == "s2"
+    assert sensor_of(3, "uint16", one, chosen="s2") == "s2"
+    both = one | declared(planet=("uint16", "blue green red"))
+    assert sensor_of(3, "uint16", both, names=("B2", "B3", "B4")) == "planet"
+    for dtype in ("int8", "int32", "uint32", "float32", "complex64"):
+        with pytest.raises(BadInput, match=f"3 bands of {dtype} fit no sensor \\(nearest: s2"):
+            sensor_of(3, dtype, one)
+
+
+def test_complex_of_any_size_is_of_a_complex_sensor():
+    sar = declared(sar=("complex64", "HH"), dem=("float32", "height"))
+    for dtype in ("complex64", "complex128", "complex_int16"):
+        assert sensor_of(1, dtype, sar) == "sar"
+    assert sensor_of(1, "float64", sar) == "dem"
 
 
 def test_grey_images_fit_a_sensor_of_one_band_where_there_is_one(
@@ -305,8 +350,9 @@ def test_a_sensor_of_another_name_is_the_tiles_new_sensor(run, workspace, manife
     assert Config.load(workspace.params_file).sensors["radar"].model_dump() == sensor
     assert run(tmp_path / "in").figures["new_tiles"] == 0
     assert list(manifest()["sensor"]) == ["radar"]
-    with pytest.raises(BadInput, match="both have 2 bands of float32"):
-        params.edit(workspace.params_file, {"sensors.s1": sensor})
+    params.edit(workspace.params_file, {"sensors.s1": sensor})
+    with pytest.raises(BadInput, match="2 bands of float64 fit sensors radar and s1"):
+        run(tmp_path / "in")
 
 
 def test_folders_of_sensors_are_no_classes_but_classes_of_many_sensors_are(run, manifest, tmp_path):
@@ -372,3 +418,57 @@ def test_real_scene_of_floats_with_gaps_is_cut(run, manifest, terramesh, tmp_pat
     assert tiles["sensor"].value_counts().to_dict() == {"s1": 16, "s2l1c": 16}
     assert tiles["place"].nunique() == 1
     assert (tiles["std"] > 2).all()
+
+
+def test_ready_made_sensors_take_real_files(run, workspace, manifest, terramesh, tmp_path):
+    """A real scene in red, green, blue and near infrared, and a Landsat 8 crop, its three bands
+    repeated to the seven of a Level-2 scene."""
+    folder, real = tmp_path / "in", terramesh.parent / "landsat"
+    folder.mkdir()
+    (folder / "rgbn.tif").write_bytes((real / "rgbn.tif").read_bytes())
+    with rasterio.open(real / "LC08_224078_20200518_B234_crop512.tif") as scene:
+        values = scene.read().transpose(1, 2, 0)[..., [0, 0, 1, 2, 2, 1, 0]]
+    write_bands(folder / "landsat.tif", values, gsd=30.0)
+    run(folder, ingest__tile_size=128)
+    tiles = manifest()
+    assert tiles["sensor"].value_counts().to_dict() == {"rgbnir": 20, "landsat": 16}
+    whole = values.reshape(-1, 7) * 2.75e-5 - 0.2
+    landsat = tiles[tiles["sensor"] == "landsat"]
+    assert np.allclose(np.stack(landsat["band_means"]).mean(0), whole.clip(0, 1).mean(0), rtol=1e-4)
+    assert (tiles["std"][tiles["sensor"] == "rgbnir"] > 10).all()
+
+
+def test_real_complex_radar_is_stored_as_it_came_and_measured_in_decibels(
+    run, workspace, manifest, terramesh, tmp_path
+):
+    from ringmo import config as params
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("hh", "vv"):
+        path = terramesh.parent / "spacenet6" / f"sar_{name}.tif"
+        (folder / path.name).write_bytes(path.read_bytes())
+    sar = {"bands": ["amplitude"], "dtype": "complex64", "decibels": True, "clip": [30, 95]}
+    params.edit(workspace.params_file, {"sensors.sar": sar | {"mean": None, "std": None}})
+    run(folder)
+    for tile in manifest().itertuples():
+        assert (tile.sensor, tile.dtype) == ("sar", "float32")
+        assert stored(workspace, tile) == (folder / tile.source).read_bytes()
+        with rasterio.open(folder / tile.source) as scene:
+            power = np.abs(scene.read(1).astype(np.complex128)) ** 2
+        assert np.allclose(decode(stored(workspace, tile))[..., 0], power, rtol=1e-5)
+        decibels = (10 * np.log10(power)).clip(30, 95)
+        assert tile.band_means == pytest.approx([decibels.mean()], rel=1e-5)
+        assert tile.band_stds == pytest.approx([decibels.std()], rel=1e-4)
+        assert tile.std == pytest.approx(decibels.std() * 255 / 65, rel=0.01)
+        assert tile.saturated_share < 0.01
+    keys = set(manifest()["key"])
+    run(folder, ingest__tile_size=64)
+    cuts = manifest()
+    assert len(cuts) == 2 * 16 and keys.isdisjoint(cuts["key"])
+    for tile in cuts.itertuples():
+        with rasterio.open(folder / tile.source) as scene:
+            part = scene.read(1)[tile.row : tile.row + 64, tile.col : tile.col + 64]
+        with MemoryFile(stored(workspace, tile)) as memory, memory.open() as one:
+            assert one.dtypes == ("complex64",)
+            assert (one.read(1) == part).all()

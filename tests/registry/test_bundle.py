@@ -31,6 +31,26 @@ OTHERS = {
     "dem": {"bands": ["height"], "dtype": "int16", "mean": [200.0], "std": [300.0]},
     "sar": {"bands": ["vv", "vh"], "dtype": "float32", "mean": [-12.0, -19.0], "std": [5.0, 6.0]},
 }
+# Whose pixels are no values yet.
+STEPPED = {
+    "landsat": {
+        "bands": ["B4", "B5"],
+        "dtype": "uint16",
+        "scale": 2.75e-5,
+        "offset": -0.2,
+        "clip": [0.0, 1.0],
+        "mean": [0.1, 0.3],
+        "std": [0.05, 0.1],
+    },
+    "slc": {
+        "bands": ["hh"],
+        "dtype": "complex64",
+        "decibels": True,
+        "clip": [0.0, 90.0],
+        "mean": [50.0],
+        "std": [9.0],
+    },
+}
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
 
 
@@ -152,6 +172,50 @@ def test_models_of_16_bits_and_of_floats_come_back_whole(tmp_path: Path, name: s
             loaded.predict([holes])
 
 
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_bundle_knows_how_pixels_become_values(tmp_path: Path, name: str) -> None:
+    sensor = STEPPED[name]
+    model = Classifier(encoder(SMALL, {name: len(sensor["bands"])}), 3)
+    bundle.write(tmp_path, model, {**meta(), "sensors": {name: sensor}, "sensor": name})
+    loaded = bundle.load(tmp_path)
+    loaded.check_example()
+    assert loaded.meta["sensors"][name] == sensor
+    random = np.random.default_rng(2)
+    shape = (32, 32, len(sensor["bands"]))
+    if name == "slc":
+        image = (random.normal(0, 300, shape) + 1j * random.normal(0, 300, shape)).astype("c8")
+        values = (10 * np.log10(np.abs(image) ** 2)).clip(0, 90)
+    else:
+        image = random.integers(7000, 44_000, shape, np.uint16)
+        values = (image * 2.75e-5 - 0.2).clip(0, 1)
+    normal = ((values - sensor["mean"]) / sensor["std"]).astype("f4")
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(normal).permute(2, 0, 1)[None]).softmax(1)
+    assert np.allclose(loaded.predict([image]), expected.numpy(), atol=1e-5)
+    example = loaded.example[bundle.EXAMPLE_IMAGE].float()
+    assert 0 < float(example.std()) and bool(torch.isfinite(example).all())
+
+
+def test_a_model_of_int16_reads_uint16_that_fits(tmp_path: Path) -> None:
+    model = Classifier(encoder(SMALL, {"dem": 1}), 3)
+    bundle.write(tmp_path, model, {**meta(), "sensors": {"dem": OTHERS["dem"]}, "sensor": "dem"})
+    loaded = bundle.load(tmp_path)
+    heights = np.abs(pixels(OTHERS["dem"]))
+    both = loaded.predict([heights, heights.astype(np.uint16)])
+    assert (both[0] == both[1]).all()
+    with pytest.raises(BadInput, match="100 % of its values of uint16 are over 32767"):
+        loaded.predict([np.full((40, 40, 1), 50_000, np.uint16)])
+
+
+def test_model_json_of_the_last_release_still_answers(scene: Path) -> None:
+    """It says nothing of scale, offset, decibels and clip, which have their defaults."""
+    about = json.loads((scene / "model.json").read_text())
+    assert sorted(about["sensors"]["rgb"]) == ["bands", "dtype", "mean", "std"]
+    loaded = bundle.load(scene)
+    assert about["schema"] == 2
+    loaded.check_example()
+
+
 @pytest.mark.parametrize("position", ["relative", "sincos"])
 def test_a_vit_comes_back_whole(tmp_path: Path, position: str) -> None:
     vit = Model(
@@ -226,6 +290,8 @@ def test_flipped_bit_is_refused(scene: Path) -> None:
         ({"sensors": {"rgb": {**RGB, "mean": [1.0]}}}, "mean"),
         ({"sensors": {"rgb": {**RGB, "bands": "__import__('os')"}}}, "bands"),
         ({"sensors": {"rgb": {**RGB, "dtype": "object"}}}, "dtype"),
+        ({"sensors": {"rgb": {**RGB, "mean": None, "std": None}}}, "a model needs their numbers"),
+        ({"sensors": {"rgb": {**RGB, "scale": 0}}}, "scale"),
         ({"sensors": {}}, "sensors"),
         ({"sensor": "s2"}, "sensor"),
         ({"sensor": None}, "sensor"),
