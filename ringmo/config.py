@@ -164,10 +164,18 @@ class Validate(Section):
     min_std: float = Field(2.0, ge=0)
     max_blank_share: Share = 0.01
     max_nodata_share: Share = 0.5
+    max_saturated_share: Share = 0.5
     max_cloud_share: Share = 0.8
+    max_imbalance: float = Field(10, ge=1)
+    min_tiles_per_class: Positive = 8
     retired_classes: list[str] = []
     max_share_change: Share = 0.1
-    soft: list[str] = ["cloud", "class_shares"]
+    max_band_shift: float = Field(0.5, gt=0)
+    pictures: Positive = 24
+    soft: list[str] = [
+        *("saturated", "cloud", "balance", "mask_tiles", "box_tiles"),
+        *("class_shares", "band_means"),
+    ]
 
 
 class Select(Section):
