@@ -132,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
     show = verb("show", _data_show, "the tile store as an HTML page to look at", data_verbs)
     show.add_argument("--out", metavar="FILE", help="default: .ringmo/data.html")
 
+    verb("compact", _data_compact, "drop the bytes of tiles that left the store", data_verbs)
+    names = "a tile's key, its source, or a pattern of sources: 'Beach/*.jpg'"
+    aside = verb("set-aside", _data_set_aside, "take tiles out of the store", data_verbs)
+    back = verb("put-back", _data_put_back, "take tiles back from quarantine", data_verbs)
+    for added in (aside, back):
+        added.add_argument("tiles", metavar="TILE", nargs="+", help=names)
+
     compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
     settings_arguments(compare)
 
@@ -143,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     promote.add_argument("--force", action="store_true", help="although the gate refused it")
     rollback = verb("rollback", _rollback, "make the previous champion the champion again")
     task_argument(rollback, "encoder")
-    for added in (promote, rollback):
+    for added in (aside, back, promote, rollback):
         added.add_argument("--by", metavar="NAME", help="who; default: the user of this machine")
         added.add_argument("--reason", metavar="TEXT", default="", help="why")
     lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
@@ -435,6 +442,40 @@ def _data_show(arguments: Arguments) -> None:
     out = Path(arguments.out) if arguments.out else workspace.state / "data.html"
     shown = page.write(config, workspace, out.resolve())
     console.result(shown, f"{shown['tiles']} tiles: open file://{shown['page']} in a browser")
+
+
+def _data_compact(arguments: Arguments) -> int:
+    from ringmo.data import versions
+    from ringmo.data.compact import compact
+
+    config, workspace = _open(arguments)
+    report = compact(workspace)
+    report.figures["data_version"] = versions.add_store(workspace, config)
+    return _print_report(report)
+
+
+def _data_set_aside(arguments: Arguments) -> None:
+    from ringmo.data import decisions
+
+    _decide(arguments, decisions.set_aside, "set aside")
+
+
+def _data_put_back(arguments: Arguments) -> None:
+    from ringmo.data import decisions
+
+    _decide(arguments, decisions.put_back, "put back")
+
+
+def _decide(arguments: Arguments, decide: Callable[..., dict[str, Any]], what: str) -> None:
+    from ringmo.data.ingest import alone
+
+    _, workspace = _open(arguments)
+    with alone(workspace):
+        names, by = arguments.tiles, _mover(arguments)
+        decided = decide(workspace.store, names, by=by, reason=arguments.reason)
+    rows = [(row["key"], row["source"]) for row in decided["tiles"]]
+    text = console.table(rows, ("tile", "source"))
+    console.result(decided, f"{text}\n\n{len(rows)} to be {what}. Next: ringmo ingest")
 
 
 def _compare(arguments: Arguments) -> None:

@@ -129,7 +129,7 @@ def _ingest(config: Config, workspace: Workspace) -> Report:
     clock("list")
     root = workspace.store
     root.mkdir(parents=True, exist_ok=True)
-    old = _old_store(root)
+    old = old_store(root)
     cache = scan.Scan(workspace.state / "scan.parquet", _settings(config))
     clock("open")
     writer = store.ShardWriter(root, old.shards, config.ingest.shard_mb)
@@ -228,7 +228,7 @@ def _attached(config: Config, images: Sequence[Image]) -> NDArray[np.int64]:
     return numbers
 
 
-def _old_store(root: Path) -> Old:
+def old_store(root: Path) -> Old:
     """The store as its manifest says, after removing what an interrupted ingest left."""
     import pyarrow as pa
     import pyarrow.compute as pc
