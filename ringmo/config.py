@@ -31,20 +31,30 @@ class Section(BaseModel):
 
 
 class About(Section):
-    """What is said of one source because its files do not say it."""
+    """What is said of one source because its files do not say it.
+
+    masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
+    a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
+    masks, where folders' names do not say so. vector_class: the attribute of the vectors that
+    is their class.
+    """
 
     sensor: str | None = None
     layout: Literal["auto", "classes", "masks", "change", "voc", "dota", "fair1m", "vectors"] = (
         "auto"
     )
     masks: str = "auto"
+    mask_files: list[str] = []
     vector_class: str | None = None
+
+
+MASK_CODINGS = ("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid")
 
 
 class Ingest(Section):
     sources: list[str] = Field(min_length=1)
     about: dict[str, About] = {}
-    mask_codings: dict[str, dict[str, int | list[int]]] = {}
+    mask_codings: dict[str, dict[str, int | list[int] | list[list[int]]]] = {}
     dask: str | None = None
     workers: Literal["auto"] | Positive = "auto"
     labels: Literal["auto", "none"] = "auto"
@@ -57,6 +67,26 @@ class Ingest(Section):
     max_nodata_share: Share = 0.5
     max_bad_share: Share = 0.1
     shard_mb: float = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def _known_codings(self) -> "Ingest":
+        if self.mask_codings:
+            from ringmo.data import codings
+
+            for name, classes in self.mask_codings.items():
+                if name in (*MASK_CODINGS, "zero_one") or name.startswith(codings.VECTORS):
+                    raise ValueError(f"mask_codings: `{name}` is built in: choose another name")
+                try:
+                    codings.own(name, classes)
+                except ValueError as error:
+                    raise ValueError(f"mask_codings: {error}") from None
+        known = (*MASK_CODINGS, *self.mask_codings)
+        for source, about in self.about.items():
+            if about.masks not in known:
+                raise ValueError(
+                    f"about: {source}: masks: `{about.masks}` is no coding ({', '.join(known)})"
+                )
+        return self
 
 
 class Sensor(Section):

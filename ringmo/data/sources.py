@@ -1,63 +1,129 @@
 """Folders, lists and buckets of imagery: which files are images, and which class they are of.
 
 A list is a text file with a path a line, absolute or below the list's folder, and after a tab
-perhaps a class; without one the folder says it, as in a folder of imagery.
+perhaps a class; without one the folder says it, as in a folder of imagery. What else belongs to
+an image, masks, boxes, vectors and a second date, is found by `pairing`.
 
 A folder named `unlabelled` anywhere in a source holds images that no class is claimed for, beside
 labelled ones: its images never get a label.
+
+A source may hold millions of files: what is done for each is text and one stat, never a Path.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import translate
-from pathlib import Path, PurePosixPath
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ringmo.data import decode
 from ringmo.data.buckets import Bucket
 from ringmo.errors import BadInput
 
+if TYPE_CHECKING:
+    from ringmo.config import About
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".gtiff"}
 # Formats people have imagery in that ringmo does not read: set aside with a reason, not ignored.
 FOREIGN_SUFFIXES = {".jp2", ".bmp", ".gif", ".webp", ".img", ".ecw", ".sid", ".heic"}
-OTHER_SUFFIXES = {
-    *(".txt", ".csv", ".xml", ".json", ".geojson", ".yaml", ".yml", ".md", ".pdf", ".html"),
-    *(".tfw", ".jgw", ".pgw", ".wld", ".prj", ".ovr", ".aux", ".shp", ".shx", ".dbf", ".cpg"),
+# What may say more about an image of the same name.
+VECTOR_SUFFIXES = {".gpkg", ".geojson", ".shp"}
+SHAPE_PARTS = {".shx", ".dbf", ".prj", ".cpg"}  # files that a .shp needs beside it
+SIDE_SUFFIXES = {".xml", ".txt", ".json"} | VECTOR_SUFFIXES | SHAPE_PARTS
+OTHER_SUFFIXES = SIDE_SUFFIXES | {
+    *(".csv", ".yaml", ".yml", ".md", ".pdf", ".html"),
+    *(".tfw", ".jgw", ".pgw", ".wld", ".ovr", ".aux"),
     *(".zip", ".tar", ".gz", ".npy", ".parquet", ".py", ".log", ".db"),
 }
+READABLE = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 
 UNLABELLED = {"unlabelled", "unlabeled"}
-# Folder names that say how a data set is laid out, not what its images show.
-MASK_FOLDERS = {"mask", "masks", "label", "labels", "gt", "groundtruth", "ground_truth"} | {
-    *("annotation", "annotations", "labeltxt", "segmentation_masks"),
-}
-IMAGE_FOLDERS = {"image", "images", "img", "imgs", "a", "b", "t1", "t2", "im1", "im2", "tiles"}
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-LAYOUT_FOLDERS = MASK_FOLDERS | IMAGE_FOLDERS | SPLIT_FOLDERS
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
+class Attachment:
+    """A file or an object that belongs to an image.
+
+    part: `mask`, `boxes` or `vectors`. path: below the source, posix. base: the folder in which
+    `path` begins, or to which a bucket's objects come. shared: with other images, so that
+    `forget` leaves it until the whole folder of fetched objects goes.
+    """
+
+    part: str
+    path: str
+    base: str
+    size: int
+    mtime_ns: int
+    bucket: Bucket | None = None
+    shared: bool = False
+
+    @property
+    def file(self) -> Path:
+        """Where it lies, or where `fetch` brings it."""
+        if self.bucket is None:
+            return Path(f"{self.base}/{self.path}")
+        # The files of one .shp lie together under one name; GDAL also looks at the suffix.
+        stem, _, suffix = self.path.rpartition(".")
+        return Path(self.base, f"{_digest(self.bucket, stem)}.{_plain_suffix(suffix)}")
+
+    def fetch(self) -> None:
+        """As `Image.fetch`."""
+        _fetch(self)
+
+    def forget(self) -> None:
+        """As `Image.forget`."""
+        if not self.shared:
+            _forget(self)
+
+
+@dataclass(slots=True)
 class Image:
     """A file or an object that is, or claims to be, an image.
 
-    root: the source as params.yaml gives it. path: below it. file: where it lies, or where
-    `fetch` brings it. mtime_ns: for an object a number that changes with its bytes.
+    root: the source as params.yaml gives it. path: below it, posix. base: as an attachment's.
+    mtime_ns: for an object a number that changes with its bytes. second: the path of the image
+    of the same ground at a later date, in the same source. masks: how its mask is coded, as
+    `codings` reads it.
     """
 
     root: str
     path: str
-    file: Path
+    base: str
     size: int
     mtime_ns: int
     label: str | None = None
     bucket: Bucket | None = None
+    attachments: tuple[Attachment, ...] = ()
+    second: str | None = None
+    layout: str = "classes"
+    masks: str = "auto"
+    sensor: str | None = None
+    vector_class: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where it lies, or where `fetch` brings it."""
+        if self.bucket is None:
+            return Path(f"{self.base}/{self.path}")
+        return Path(self.base, _digest(self.bucket, self.path))
 
     @property
     def folder(self) -> str:
         """Where `path` begins."""
-        return self.bucket.url if self.bucket else str(self.file)[: -len(self.path) - 1]
+        return self.bucket.url if self.bucket else self.base
+
+    @property
+    def attached(self) -> int:
+        """0 without attachments; else 60 bits that change with any of them, or with its coding."""
+        if not self.attachments:
+            return 0
+        what = [(one.part, one.path, one.size, one.mtime_ns) for one in self.attachments]
+        text = repr((what, self.masks, self.vector_class))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 4 or 1
 
     def fetch(self) -> None:
         """Bring an object to `file`.
@@ -66,13 +132,30 @@ class Image:
             OSError: it is gone.
             BadInput, Unreachable: as `Bucket.fetch`.
         """
-        if self.bucket is not None and not self.file.exists():
-            self.bucket.fetch(self.path, self.file)
+        _fetch(self)
 
     def forget(self) -> None:
         """Remove what `fetch` brought."""
-        if self.bucket is not None:
-            self.file.unlink(missing_ok=True)
+        _forget(self)
+
+
+def _fetch(one: Image | Attachment) -> None:
+    if one.bucket is not None and not one.file.exists():
+        one.bucket.fetch(one.path, one.file)
+
+
+def _forget(one: Image | Attachment) -> None:
+    if one.bucket is not None:
+        one.file.unlink(missing_ok=True)
+
+
+def _digest(bucket: Bucket, path: str) -> str:
+    """A file's name for an object: keys may hold what no file's name can."""
+    return hashlib.sha256(f"{bucket.url}/{path}".encode()).hexdigest()
+
+
+def _plain_suffix(suffix: str) -> str:
+    return suffix.lower() if suffix.isalnum() and len(suffix) < 16 else "bin"
 
 
 @dataclass
@@ -82,6 +165,19 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Files:
+    """What a source holds, sorted by what it can be."""
+
+    images: list[Image] = field(default_factory=list)
+    beside: list[Image] = field(default_factory=list)  # may say more about an image
+    beside_unwanted: list[Image] = field(default_factory=list)  # by ingest.include
+    others: int = 0
+    links: int = 0
+    left_out: int = 0
+    unnamable: list[str] = field(default_factory=list)
+
+
 def list_images(
     root: str,
     source: Path | Bucket,
@@ -89,6 +185,8 @@ def list_images(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     fetched: Path = Path(),
+    about: "About | None" = None,
+    codings: dict[str, dict[str, object]] | None = None,
 ) -> Listing:
     """Images of a source in order of their paths; links are not followed.
 
@@ -96,84 +194,194 @@ def list_images(
         root: the source's name in params.yaml.
         source: a folder, a list of files, or a bucket's prefix.
         fetched: the folder to which a bucket's objects come.
-        labels: `auto` (a list's, or the parent folder's name, if images lie in two or more) or
-            `none`.
+        labels: `auto` (a list's, or the parent folder's name, if images lie in two or more; and
+            masks, boxes and vectors) or `none`.
         include, exclude: patterns with *, ? and [] for paths below the source, or for the names
-            of files; a file is taken if one of the first and none of the second fits.
+            of files; a file is taken if one of the first and none of the second fits. Labels of
+            an image that is taken need not fit the first.
+        about: what params.yaml says of this source.
+        codings: ingest.mask_codings.
 
     Raises:
-        BadInput: no such folder, list or bucket, a list that is no text, or no image in it.
+        BadInput: no such folder, list or bucket, a list that is no text, no image in it, or
+            nothing of the layout that `about` names.
         Unreachable: a bucket does not answer.
     """
+    from ringmo.config import About
+    from ringmo.data import pairing
+
+    about = about or About()
     if isinstance(source, Path) and not source.exists():
         raise BadInput(f"{source}: no such folder: mend ingest.sources in params.yaml, or --data")
-    listing = Listing()
     name = source.url if isinstance(source, Bucket) else str(source)
+    chosen = _chosen(include, exclude)
+    by_list = False
     if isinstance(source, Bucket):
-        every = _in_bucket(root, source, fetched)
+        files = _in_bucket(root, source, str(fetched), chosen)
+    elif source.is_file():
+        by_list = True
+        files = _listed(root, source, chosen)
     else:
-        every = _listed(root, source) if source.is_file() else _below(root, source)
-    wanted = _chosen(include, exclude)
-    found: list[Image] = []
-    folders: set[PurePosixPath] = set()
-    links = left_out = 0
-    for image in every:
-        folders.update(PurePosixPath(image.path).parents)
-        if not wanted(image.path):
-            left_out += 1
-        elif isinstance(source, Path) and source.is_dir() and image.file.is_symlink():
-            links += 1
-        elif _may_be_image(image, looked_at=isinstance(source, Path) and source.is_dir()):
-            found.append(image)
-        else:
-            listing.other_files += 1
-    if links:
-        listing.other_files += links
-        listing.notes.append(f"{name}: {links} links left out: links are not followed")
+        files = _below(root, str(source), chosen)
+    listing = Listing(files.images, files.others + len(files.beside))
+    if files.unnamable:
+        first = files.unnamable[0].encode("utf-8", "backslashreplace").decode()
+        listing.notes.append(
+            f"{name}: {len(files.unnamable)} files left out: their names are not UTF-8 "
+            f"(first: {shown(first)}): rename them"
+        )
+    if files.links:
+        listing.notes.append(f"{name}: {files.links} links left out: links are not followed")
+    left_out = files.left_out
+    if not by_list:
+        paired = pairing.pair(
+            files.images, files.beside + files.beside_unwanted, about, labels, codings or {}, name
+        )
+        listing.images = paired.images
+        listing.other_files += paired.others
+        used = {one.path for one in files.beside} & paired.used
+        listing.other_files -= len(used)
+        left_out -= len(paired.used) - len(used)
+        listing.notes += paired.notes
     if left_out:
-        listing.other_files += left_out
         listing.notes.append(
             f"{name}: {left_out} files left out: see ingest.include and ingest.exclude"
         )
-    by_list = isinstance(source, Path) and source.is_file()
-    masks = [] if by_list else [image for image in found if _is_mask(image.path, folders)]
-    if masks:
-        listing.other_files += len(masks)
-        listing.notes.append(f"{name}: {len(masks)} masks left out: they are labels, not imagery")
-        aside = {image.path for image in masks}
-        found = [image for image in found if image.path not in aside]
-    if not found:
+    listing.other_files += left_out + files.links + len(files.unnamable)
+    if not listing.images:
         but = f" that is wanted ({left_out} are left out)" if left_out else ""
         raise BadInput(f"{name}: no image (JPEG, PNG or TIFF) in it{but}")
-    classes: dict[str, str] = {}
-    if labels == "auto":
-        classes = {image.path: image.label for image in found if image.label is not None}
-        if not classes:
-            classes, why_none = _classes([image.path for image in found])
-            if why_none:
-                listing.notes.append(f"{name}: no labels: {why_none}")
-    listing.images = [replace(image, label=classes.get(image.path)) for image in found]
+    if about.sensor is not None:
+        for image in listing.images:
+            image.sensor = about.sensor
+    if labels == "auto" and not (by_list and any(image.label for image in listing.images)):
+        why_none = _label(listing.images, about.layout)
+        if why_none:
+            listing.notes.append(f"{name}: no labels: {why_none}")
+    elif labels != "auto":
+        for image in listing.images:
+            image.label = None
     return listing
 
 
-def _chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    wanted, unwanted = (
-        re.compile("|".join(map(translate, patterns)) or r"(?!)") for patterns in (include, exclude)
-    )
+def shown(path: str) -> str:
+    """A path as part of one line."""
+    return path if path.isprintable() else repr(path)[1:-1]
 
-    def chosen(path: str) -> bool:
-        name = path.rpartition("/")[2]
-        return any(map(wanted.match, (path, name))) and not any(map(unwanted.match, (path, name)))
+
+def suffix_of(path: str) -> str:
+    """Lower case, with the dot; empty for none, and for a name that begins with its only dot."""
+    stem, dot, suffix = path.rpartition("/")[2].rpartition(".")
+    return f".{suffix.lower()}" if dot and stem and suffix else ""
+
+
+def _chosen(
+    include: Sequence[str], exclude: Sequence[str]
+) -> Callable[[str, str], tuple[bool, bool]]:
+    """A function of path and name: whether a file is wanted, and whether it is excluded."""
+
+    def fits(patterns: Sequence[str]) -> Callable[[str, str], bool]:
+        if "*" in patterns:
+            return lambda path, name: True
+        if not patterns:
+            return lambda path, name: False
+        match = re.compile("|".join(map(translate, patterns))).match
+        return lambda path, name: match(path) is not None or match(name) is not None
+
+    wanted, unwanted = fits(include), fits(exclude)
+
+    def chosen(path: str, name: str) -> tuple[bool, bool]:
+        excluded = unwanted(path, name)
+        return not excluded and wanted(path, name), excluded
 
     return chosen
 
 
-def _below(root: str, folder: Path) -> Iterator[Image]:
-    for file in _files(folder):
-        yield _image(root, file.relative_to(folder).as_posix(), file)
+Chosen = Callable[[str, str], tuple[bool, bool]]
 
 
-def _listed(root: str, file: Path) -> Iterator[Image]:
+def _below(root: str, folder: str, chosen: Chosen) -> _Files:
+    files = _Files()
+    images, beside = files.images, files.beside
+    base = "" if folder == "/" else folder
+    for below, entry in _entries_below(folder):
+        name = entry.name
+        path = below + name
+        if not path.isascii() and not _is_text(path):
+            files.unnamable.append(path)
+            continue
+        wanted, excluded = chosen(path, name)
+        link = entry.is_symlink()
+        suffix = suffix_of(name)
+        if not wanted:
+            files.left_out += 1
+            if suffix in SIDE_SUFFIXES and not (excluded or link) and entry.is_file():
+                files.beside_unwanted.append(_local(root, path, base, entry))
+        elif link:
+            files.links += 1
+        elif name[0] == "." or not entry.is_file(follow_symlinks=False):
+            files.others += 1
+        elif suffix in READABLE:
+            images.append(_local(root, path, base, entry))
+        elif suffix in SIDE_SUFFIXES:
+            beside.append(_local(root, path, base, entry))
+        elif suffix not in OTHER_SUFFIXES and _looks_like_one(entry.path):
+            images.append(_local(root, path, base, entry))
+        else:
+            files.others += 1
+    return files
+
+
+def _local(root: str, path: str, base: str, entry: os.DirEntry[str]) -> Image:
+    try:
+        stat = entry.stat(follow_symlinks=False)
+    except OSError:  # gone since the folder was read: reading it says so
+        return Image(root, path, base, -1, 0)
+    return Image(root, path, base, stat.st_size, stat.st_mtime_ns)
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path can be written to a table: names of files need not be UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _entries_below(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every file below, sorted by name in each folder, depth first, with what its path begins
+    with; links to folders are not walked into."""
+    stack = [("", iter(_entries(folder)))]
+    while stack:
+        below, entries = stack[-1]
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                stack.append((f"{below}{entry.name}/", iter(_entries(entry.path))))
+                break
+            yield below, entry
+        else:
+            stack.pop()
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=attrgetter("name"))
+    except PermissionError:
+        raise BadInput(f"{shown(folder)}: may not be read") from None
+
+
+def _looks_like_one(file: str) -> bool:
+    """Whether a file whose name does not say so is an image, by its first bytes."""
+    try:
+        with open(file, "rb") as opened:
+            return decode.kind(opened.read(16)) is not None
+    except OSError:
+        return False
+
+
+def _listed(root: str, file: Path, chosen: Chosen) -> _Files:
     """The files that a list names, each once, by path."""
     try:
         lines = file.read_text("utf-8-sig").splitlines()
@@ -190,77 +398,76 @@ def _listed(root: str, file: Path) -> Iterator[Image]:
         image = Path(os.path.normpath(file.parent / Path(name.strip()).expanduser()))
         inside = image.is_relative_to(file.parent)
         path = image.relative_to(file.parent if inside else image.anchor).as_posix()
-        found.setdefault(path, _image(root, path, image, label.strip() or None))
-    return iter([found[path] for path in sorted(found)])
-
-
-def _in_bucket(root: str, bucket: Bucket, fetched: Path) -> Iterator[Image]:
-    for one in bucket.objects():
-        # The path's digest: keys may hold what no file's name can.
-        file = fetched / hashlib.sha256(f"{bucket.url}/{one.path}".encode()).hexdigest()
-        yield Image(root, one.path, file, one.size, one.mark, bucket=bucket)
-
-
-def _image(root: str, path: str, file: Path, label: str | None = None) -> Image:
-    try:
-        stat = file.stat()
-    except OSError:  # a list may name what is not there: reading it says so
-        return Image(root, path, file, -1, 0, label)
-    return Image(root, path, file, stat.st_size, stat.st_mtime_ns, label)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below, sorted by path; links to folders are not walked into."""
-    try:
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    except PermissionError:
-        raise BadInput(f"{folder}: may not be read") from None
-    for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _files(entry)
+        base = str(image)[: -len(path) - 1]
+        size, mtime_ns = -1, 0
+        try:
+            stat = image.stat()
+            size, mtime_ns = stat.st_size, stat.st_mtime_ns
+        except OSError:  # a list may name what is not there: reading it says so
+            pass
+        found.setdefault(path, Image(root, path, base, size, mtime_ns, label.strip() or None))
+    files = _Files()
+    for path in sorted(found):
+        name = path.rpartition("/")[2]
+        if not chosen(path, name)[0]:
+            files.left_out += 1
+        # What a list names is meant, whatever its name ends in.
+        elif name.startswith(".") or suffix_of(name) in OTHER_SUFFIXES:
+            files.others += 1
         else:
-            yield entry
+            files.images.append(found[path])
+    return files
 
 
-def _may_be_image(image: Image, looked_at: bool) -> bool:
-    """Whether a file is worth reading, by its name, or (`looked_at`) else by its first bytes."""
-    name = PurePosixPath(image.path)
-    suffix = name.suffix.lower()
-    if name.name.startswith(".") or suffix in OTHER_SUFFIXES:
-        return False
-    if not looked_at:
-        # What a list names is meant; of a bucket's objects only the names are known.
-        return image.bucket is None or suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES
-    if not image.file.is_file():
-        return False
-    if suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
-        return True
-    try:
-        with image.file.open("rb") as opened:
-            return decode.kind(opened.read(16)) is not None
-    except OSError:
-        return False
+def _in_bucket(root: str, bucket: Bucket, fetched: str, chosen: Chosen) -> _Files:
+    """A prefix's objects, of which only the names are known."""
+    files = _Files()
+    for one in bucket.objects():
+        name = one.path.rpartition("/")[2]
+        suffix = suffix_of(name)
+        wanted, excluded = chosen(one.path, name)
+        image = Image(root, one.path, fetched, one.size, one.mark, bucket=bucket)
+        if not wanted:
+            files.left_out += 1
+            if suffix in SIDE_SUFFIXES and not excluded:
+                files.beside_unwanted.append(image)
+        elif name.startswith("."):
+            files.others += 1
+        elif suffix in READABLE:
+            files.images.append(image)
+        elif suffix in SIDE_SUFFIXES:
+            files.beside.append(image)
+        else:
+            files.others += 1
+    return files
 
 
-def _is_mask(path: str, folders: Collection[PurePosixPath]) -> bool:
-    """Whether a file lies in a folder of masks that has a folder of images beside it."""
-    parent = PurePosixPath(path).parent
-    if parent.name.lower() not in MASK_FOLDERS:
-        return False
-    return any(f.parent == parent.parent and f.name.lower() in IMAGE_FOLDERS for f in folders)
+def _label(images: list[Image], layout: str) -> str | None:
+    """Give images the name of their folder as class; where there are none a reason worth telling.
 
+    Named layouts other than `classes` have no classes in their folders.
+    """
+    from ringmo.data import pairing
 
-def _classes(paths: list[str]) -> tuple[dict[str, str], str | None]:
-    """Path → class, and where there are no classes a reason worth telling."""
-    claimed = [p for p in paths if not UNLABELLED & {x.lower() for x in PurePosixPath(p).parts}]
-    parents = {PurePosixPath(path).parent for path in claimed}
-    if PurePosixPath(".") in parents:
-        return {}, "images lie directly in it" if len(parents) > 1 else None
-    names = {parent.name for parent in parents}
-    layout = {name for name in names if name.lower() in LAYOUT_FOLDERS}
-    # A class may be called B; a folder called masks is never one.
-    if layout and (layout == names or any(len(name) > 2 for name in layout)):
-        return {}, f"its folders are a layout ({', '.join(sorted(layout))}), not classes"
-    if len(names) < 2:
-        return {}, None
-    return {path: PurePosixPath(path).parent.name for path in claimed}, None
+    if layout not in ("auto", "classes"):
+        return None
+    claimed: dict[str, list[Image]] = {}
+    for image in images:
+        claimed.setdefault(image.path.rpartition("/")[0], []).append(image)
+    for folder in [f for f in claimed if UNLABELLED & set(f.lower().split("/"))]:
+        del claimed[folder]
+    if "" in claimed:
+        return "images lie directly in it" if len(claimed) > 1 else None
+    names = {folder.rpartition("/")[2] for folder in claimed}
+    if layout == "auto":
+        of_layout = {name for name in names if pairing.is_layout(name)}
+        # A class may be called B; a folder called masks is never one.
+        if of_layout and (of_layout == names or any(len(name) > 2 for name in of_layout)):
+            return f"its folders are a layout ({', '.join(sorted(of_layout))}), not classes"
+        if len(names) < 2:
+            return None
+    for folder, members in claimed.items():
+        label = folder.rpartition("/")[2]
+        for image in members:
+            image.label = label
+    return None
