@@ -132,6 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
     show = verb("show", _data_show, "the tile store as an HTML page to look at", data_verbs)
     show.add_argument("--out", metavar="FILE", help="default: .ringmo/data.html")
 
+    fetch = verb("fetch", _data_fetch, "download a public data set, checked", data_verbs)
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="e.g. eurosat; see --list")
+    fetch.add_argument("--to", metavar="DIR", help="default: .ringmo/public; it comes to DIR/NAME")
+    fetch.add_argument("--list", action="store_true", help="the data sets there are")
+
     compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
     settings_arguments(compare)
 
@@ -435,6 +440,27 @@ def _data_show(arguments: Arguments) -> None:
     out = Path(arguments.out) if arguments.out else workspace.state / "data.html"
     shown = page.write(config, workspace, out.resolve())
     console.result(shown, f"{shown['tiles']} tiles: open file://{shown['page']} in a browser")
+
+
+def _data_fetch(arguments: Arguments) -> None:
+    from ringmo.data import fetch
+
+    if arguments.list or arguments.name is None:
+        rows = fetch.listing()
+        if not arguments.list:
+            raise BadInput(f"fetch which? There are {', '.join(row['name'] for row in rows)}")
+        names = ("name", "what", "how")
+        lines = console.table([[row[name] for name in names] for row in rows], names)
+        console.result({"sets": rows}, lines)
+        return
+    if arguments.to:
+        to = Path(arguments.to)
+    else:
+        from ringmo.workspace import Workspace
+
+        to = Workspace.find(arguments.workspace).state / "public"
+    found = fetch.fetch(arguments.name, to)
+    console.result(found, fetch.text(found))
 
 
 def _compare(arguments: Arguments) -> None:
