@@ -1,7 +1,8 @@
 """`make bench`: everything side by side, and a table of it in benchmarks/results/.
 
-    make bench                                  all rows, about ten minutes on two cores
+    make bench                                  all rows, half an hour and more on two cores
     make bench ONLY=loader,step OUT=FILE        some rows, as JSON into FILE
+    make bench ONLY=ingest,cut,growth,validate,duplicates,versioning,dask    those of the data
     make bench DATA=FOLDER                      with images below this folder
 
 Each measurement runs in a process of its own, on the same cores with the same threads, contenders
@@ -19,20 +20,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import Failed, measure
-from benchmarks.imagery import ROOT, Imagery, Source, optimise, prepare
+from benchmarks import data
+from benchmarks.imagery import ROOT, Imagery, Source, optimise
+from benchmarks.table import Bench, Row, compare
 from ringmo import console
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "webdataset", "litdata",
+    "rasterio", "pandas", "pyarrow", "distributed", "dvc", "great-expectations",
 )  # fmt: skip
-ROWS = ("loader", "step", "pimask", "swin-b", "vit-b")
+ROWS = (
+    *("loader", "step", "pimask", "swin-b", "vit-b"),
+    *("ingest", "cut", "growth", "validate", "duplicates", "versioning", "dask"),
+)
 CORES = 2
 ROUNDS = 3
 SECONDS = 2.5  # of one measurement of a loader
@@ -68,58 +74,6 @@ LOADS = (
     # recipes/small.yaml: for the plain recipe a small crop is less work after decoding.
     Load(150, 96, 64, 3600, None),
 )
-
-
-@dataclass
-class Row:
-    """One line of the table. ours and baseline are medians; ratio is how much better ours is."""
-
-    what: str
-    unit: str
-    goal: str
-    ours: float | None = None
-    baseline: float | None = None
-    ratio: float | None = None
-    reached: bool | None = None
-    note: str = ""
-    runs: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass
-class Bench:
-    """A run of some rows: where its images are, what it found, and what went wrong."""
-
-    source: Source
-    scratch: Path
-    images: int | None
-    rounds: int
-    rows: list[Row] = field(default_factory=list)
-    ladders: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    ready: dict[Path, Imagery] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    def prepare(self, side: int, count: int, val: int = 0) -> Imagery:
-        folder = self.scratch / f"{side}-{count}-{val}"
-        if folder in self.ready:
-            return self.ready[folder]
-        console.note(f"bench: preparing {count} images of {side}×{side}")
-        made = prepare(self.source, folder, side, count, val)
-        self.ready[folder] = made
-        return made
-
-    def tried(
-        self, what: str, module: str, cores: int | None, **spec: Any
-    ) -> dict[str, Any] | None:
-        """One measurement; None where it failed, which is noted and fails the run in the end."""
-        try:
-            found = measure(module, cores, **spec)
-        except Failed as failure:
-            self.failures.append(f"{what}: {failure}")
-            console.note(f"bench: {what}: FAILED: {failure}")
-            return None
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float))
-        console.note(f"bench: {what}: {shown}")
-        return found
 
 
 def loaders(bench: Bench) -> None:
@@ -171,7 +125,7 @@ def loaders(bench: Bench) -> None:
             elif 0.0 in runs[name] + runs["ours"]:
                 row.note = "not measured: failed, see below"
             else:
-                _compare(row, runs["ours"], runs[name], goal)
+                compare(row, runs["ours"], runs[name], goal)
                 kind = f"crops of {load.crop}" if name == "folder" else f"tiles of {load.size}"
                 row.note = (
                     f"ours: whole tiles of {load.size}; {title}: {kind}, {best[name]} workers, "
@@ -333,7 +287,7 @@ def _climb(
         return
     # What a user gets on this machine with its fastest setting.
     ours = max(("engine", "compiled"), key=lambda r: statistics.median(rungs_of.get(r) or [0.0]))
-    _compare(row, rungs_of[ours], rungs_of["plain"], goal)
+    compare(row, rungs_of[ours], rungs_of["plain"], goal)
     row.note = f"ours: {ours}; plain recipe: {workers} workers, {threads} threads, the best tried"
 
 
@@ -344,13 +298,6 @@ def _profile(bench: Bench, imagery: Imagery, recipe: str) -> None:
     if found is not None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{_stamp()}-profile-{recipe}.txt").write_text(found["profile"])
-
-
-def _compare(row: Row, ours: list[float], baseline: list[float], goal: float | None) -> None:
-    row.ours, row.baseline = statistics.median(ours), statistics.median(baseline)
-    row.ratio = row.ours / row.baseline
-    row.reached = None if goal is None else row.ratio >= goal
-    row.runs = {"ours": [round(r, 1) for r in ours], "baseline": [round(r, 1) for r in baseline]}
 
 
 def _installed(name: str) -> bool:
@@ -450,6 +397,15 @@ def markdown(found: dict[str, Any]) -> str:
                 f"| {rung['images_per_s'] / ladder[0]['images_per_s']:.2f} "
                 f"| {_number(rung['memory_mb'])} | {', '.join(map(str, rung['losses']))} |"
             )
+    if found["shares"]:
+        lines += [
+            "",
+            "## What an image costs in ingest",
+            "",
+            "| part | % of its time |",
+            "|---|---:|",
+        ]
+        lines += [f"| {name} | {share:.1f} |" for name, share in found["shares"].items()]
     if found["failures"]:
         lines += ["", "## Failed", "", *(f"- {failure}" for failure in found["failures"])]
     return "\n".join(lines) + "\n"
@@ -490,15 +446,19 @@ def main(arguments: list[str]) -> int:
     }
     parts = {
         "loader": loaders, "step": steps, "swin-b": swin_b, "vit-b": vit_b, "pimask": pimask,
+        "ingest": data.ingest, "cut": data.cut, "growth": data.growth,
+        "validate": data.validation, "duplicates": data.duplicates,
+        "versioning": data.versioning, "dask": data.workers,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ringmo-bench-") as folder:
         scratch = Path(folder)
         bench = Bench(Source.find(given.data, scratch), scratch, given.images, given.rounds)
-        for name, part in parts.items():  # pimask last: it needs the steps
+        for name, part in parts.items():  # pimask after the steps, growth after ingest
             if name in only:
                 part(bench)
     found |= {"source": bench.source.name, "imagery": [i.describe() for i in bench.ready.values()]}
     found |= {"rows": [asdict(row) for row in bench.rows], "ladders": bench.ladders}
+    found |= {"shares": bench.shares}
     found |= {"failures": bench.failures}
     table = markdown(found)
     print(table)

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +29,11 @@ from ringmo.data.store import COLUMNS, MANIFEST, ShardWriter, sha256, write_tabl
 from ringmo.workspace import Workspace, init
 
 ROOT = Path(__file__).parents[1]
+BESIDE = ROOT.parent / "shared" / "data"  # real imagery, where a machine has it
 SHARD_MB = 4  # small shards: WebDataset and LitData share them among their workers
 QUALITY = 90
 PIECES = 500  # of so many images mosaics are made
+BLOCK = 512  # pixels a side of a GeoTIFF's blocks
 # LitData starts its workers anew with each pass: its one pass is made as long as a measurement.
 LITDATA_PASSES, LITDATA_IMAGES = 8, 6000  # at least
 
@@ -44,7 +48,7 @@ class Source:
     @classmethod
     def find(cls, folder: Path | None, scratch: Path) -> "Source":
         """Images below `folder`; without one those beside the checkout, or a made-up world."""
-        beside = ROOT.parent / "shared" / "data" / "scene" / "aid"
+        beside = BESIDE / "scene" / "aid"
         if folder is None and beside.is_dir():
             folder = beside
         if folder is None:
@@ -139,24 +143,109 @@ def prepare(source: Source, folder: Path, side: int, count: int, val: int = 0) -
     return Imagery(folder, side, len(images), real, sum(sizes) / len(sizes) / 1e3)
 
 
+def scene(source: Source, path: Path, side: int) -> None:
+    """A GeoTIFF of side × side pixels of mosaics: uint8 RGB, tiled, deflated."""
+    pieces = _pieces(source, 2)
+    strips = (_canvas(pieces, side, high).transpose(2, 0, 1) for high in _heights(side))
+    _write_scene(path, side, strips, photometric="rgb")
+
+
+def sentinel(path: Path, side: int) -> bool:
+    """The same of real Sentinel-2 scenes, 13 bands of int16; False where there are none."""
+    import rasterio
+
+    real = []
+    for one in sorted((BESIDE / "geotiff" / "terramesh" / "S2L1C").glob("*.tif")):
+        with rasterio.open(one) as opened:
+            real.append(opened.read())
+    if not real:
+        return False
+    dice = np.random.default_rng(3)
+    bands, tall, wide = real[0].shape
+
+    def strip(high: int) -> NDArray[np.int16]:
+        canvas = np.zeros((bands, high, side), np.int16)
+        for top in range(0, high, tall):
+            for left in range(0, side, wide):
+                turned = np.rot90(real[dice.integers(len(real))], dice.integers(4), (1, 2))
+                part = canvas[:, top : top + tall, left : left + wide]
+                part[...] = turned[:, : part.shape[1], : part.shape[2]]
+        return canvas
+
+    _write_scene(path, side, map(strip, _heights(side)))
+    return True
+
+
+def _heights(side: int) -> list[int]:
+    """Of strips of whole blocks that fill a scene, so that it is never held."""
+    return [min(2 * BLOCK, side - top) for top in range(0, side, 2 * BLOCK)]
+
+
+def _write_scene(path: Path, side: int, strips: Iterator[NDArray[Any]], **more: Any) -> None:
+    import rasterio
+    from rasterio.windows import Window
+
+    first = next(strips)
+    profile = {
+        "driver": "GTiff",
+        "count": len(first),
+        "height": side,
+        "width": side,
+        "dtype": first.dtype,
+        "crs": "EPSG:32633",
+        "transform": rasterio.Affine(0.5, 0, 400_000, 0, -0.5, 5_800_000),
+        "tiled": True,
+        "blockxsize": BLOCK,
+        "blockysize": BLOCK,
+        "compress": "deflate",
+        "predictor": 2,
+        "interleave": "pixel",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    top = 0
+    with rasterio.open(path, "w", **profile, **more) as file:
+        for strip in chain([first], strips):
+            file.write(strip, window=Window(0, top, side, strip.shape[1]))
+            top += strip.shape[1]
+
+
+def _pieces(source: Source, seed: int) -> Iterator[NDArray[np.uint8]]:
+    """Images of the source at random, without end."""
+
+    @lru_cache(PIECES)
+    def piece(number: int) -> NDArray[np.uint8]:
+        image = decode(source.files[number].read_bytes())[:, :, :3]
+        return np.broadcast_to(image, (*image.shape[:2], 3))
+
+    dice = np.random.default_rng(seed)
+    few = dice.permutation(len(source.files))[:PIECES]
+    while True:
+        yield piece(int(few[dice.integers(len(few))]))
+
+
 def _mosaic(pieces: Iterator[NDArray[np.uint8]], side: int) -> bytes:
-    """Images side by side, row under row, until the square is full, as a JPEG."""
+    """A mosaic as a JPEG."""
     from PIL import Image
 
-    canvas = np.zeros((side, side, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(_canvas(pieces, side, side)).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
+
+
+def _canvas(pieces: Iterator[NDArray[np.uint8]], wide: int, high: int) -> NDArray[np.uint8]:
+    """Images side by side, row under row, until it is full."""
+    canvas = np.zeros((high, wide, 3), np.uint8)
     top = 0
-    while top < side:
+    while top < high:
         left = height = 0
-        while left < side:
+        while left < wide:
             image = next(pieces)
-            part = image[: height or side - top, : side - left]
+            part = image[: height or high - top, : wide - left]
             height = height or part.shape[0]
             canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
             left += image.shape[1]
         top += height
-    stream = io.BytesIO()
-    Image.fromarray(canvas).save(stream, "JPEG", quality=QUALITY)
-    return stream.getvalue()
+    return canvas
 
 
 def parameters(imagery: Imagery, recipe: str, changes: dict[str, object]) -> config.Config:

@@ -138,6 +138,10 @@ def build_parser() -> argparse.ArgumentParser:
     back = verb("put-back", _data_put_back, "take tiles back from quarantine", data_verbs)
     for added in (aside, back):
         added.add_argument("tiles", metavar="TILE", nargs="+", help=names)
+    fetch = verb("fetch", _data_fetch, "download a public data set, checked", data_verbs)
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="e.g. eurosat; see --list")
+    fetch.add_argument("--to", metavar="DIR", help="default: .ringmo/public; it comes to DIR/NAME")
+    fetch.add_argument("--list", action="store_true", help="the data sets there are")
 
     compare = verb("compare", _compare, "measure what each method's encoder is worth, side by side")
     settings_arguments(compare)
@@ -476,6 +480,27 @@ def _decide(arguments: Arguments, decide: Callable[..., dict[str, Any]], what: s
     rows = [(row["key"], row["source"]) for row in decided["tiles"]]
     text = console.table(rows, ("tile", "source"))
     console.result(decided, f"{text}\n\n{len(rows)} to be {what}. Next: ringmo ingest")
+
+
+def _data_fetch(arguments: Arguments) -> None:
+    from ringmo.data import fetch
+
+    if arguments.list or arguments.name is None:
+        rows = fetch.listing()
+        if not arguments.list:
+            raise BadInput(f"fetch which? There are {', '.join(row['name'] for row in rows)}")
+        names = ("name", "what", "how")
+        lines = console.table([[row[name] for name in names] for row in rows], names)
+        console.result({"sets": rows}, lines)
+        return
+    if arguments.to:
+        to = Path(arguments.to)
+    else:
+        from ringmo.workspace import Workspace
+
+        to = Workspace.find(arguments.workspace).state / "public"
+    found = fetch.fetch(arguments.name, to)
+    console.result(found, fetch.text(found))
 
 
 def _compare(arguments: Arguments) -> None:

@@ -60,7 +60,7 @@ class DaskPool(Pool):
 
         waiting = [promise for promise in promises if not promise.done()]
         if waiting:
-            wait(waiting, return_when="FIRST_COMPLETED")
+            wait(waiting, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
 def _main_hidden() -> Iterator[None]:
     """New processes would run the caller's script again, which none of ours needs."""
     main = vars(sys.modules["__main__"])
-    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.pop("__file__", None)
     main["__spec__"] = None
     try:

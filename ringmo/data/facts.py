@@ -33,7 +33,6 @@ NEEDED = [
 # Text of few values, read as numbers and a list of what they stand for.
 FEW = ["shard", "sensor", "crs", "split", "label", "mask_shard", "mask_coding", "boxes_shard"]
 UNKNOWN = 255  # in a mask, where the class is not known
-CLASSES = "classes.json"  # of the store: coding → names of its classes, in the order of numbers
 
 Codings = Mapping[str, Sequence[str]]
 Texts = NDArray[np.object_]
@@ -99,7 +98,7 @@ def codings(root: Path) -> dict[str, list[str]]:
     Raises:
         BadInput: the store's file of them is damaged.
     """
-    path = root / CLASSES
+    path = root / store.CLASSES
     try:
         known = json.loads(path.read_text())
         return {str(name): [str(each) for each in classes] for name, classes in known.items()}
@@ -495,7 +494,10 @@ def _labels(
 def _strange(tiles: "pyarrow.Table", masked: Flags, known: Codings) -> Texts:
     """Masks whose coding is not known, or with numbers that it does not have."""
     codes, names = few(tiles, "mask_coding")
-    many = np.array([*(len(known.get(name, ())) for name in names), 0], np.int64)
+    # A coding without names has whatever numbers there are.
+    many = np.array(
+        [*((len(known[name]) or UNKNOWN) if name in known else 0 for name in names), 0], np.int64
+    )
     texts = told(
         masked & (many[codes] == 0),
         lambda row: (

@@ -68,7 +68,7 @@ class KnownTiles:
         import pyarrow.compute as pc
 
         found = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1)
-        at = found.to_numpy(zero_copy_only=False).astype(np.int64)
+        at: NDArray[np.int64] = found.to_numpy(zero_copy_only=False).astype(np.int64)
         if len(self.stored):
             at[(at >= 0) & ~self.stored[at]] = -1
         return at

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import About, Config, digest
-from ringmo.data import cluster, decisions, layouts, places, scan, store
+from ringmo.data import cluster, codings, decisions, facts, places, scan, store
 from ringmo.data.buckets import Bucket
 from ringmo.data.gather import Gathered, Gatherer, KnownTiles
 from ringmo.data.pipeline import in_order
@@ -195,8 +195,11 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
                 f"ingest.about: {source}: `{about.sensor}` is not among sensors "
                 f"({', '.join(config.sensors)})"
             )
+        ingest = config.ingest
         listing = list_images(
-            source, folder, config.ingest.labels, include, exclude, fetched, about=about
+            *(source, folder, ingest.labels, include, exclude, fetched),
+            about=about,
+            codings=ingest.mask_codings,
         )
         images += listing.images
         other_files += listing.other_files
@@ -217,14 +220,12 @@ def _settings(config: Config) -> str:
 def _attached(config: Config, images: Sequence[Image]) -> NDArray[np.int64]:
     """Numbers that change with an image's labels, with what their values mean, and with what
     ingest.about says of the image."""
-    codings = config.ingest.mask_codings
+    known = config.ingest.mask_codings
     numbers = np.zeros(len(images), np.int64)
     for i, image in enumerate(images):
-        if image.attachments:
-            told = (image.layout, image.masks, codings.get(image.masks), image.vector_class)
-            numbers[i] = image.attached ^ int(digest(told, image.sensor)[:15], 16)
-        elif image.sensor is not None:
-            numbers[i] = int(digest(image.sensor)[:15], 16)
+        if image.attachments or image.sensor is not None:
+            told = digest(image.sensor, known.get(image.masks))
+            numbers[i] = image.attached ^ int(told[:15], 16)
     return numbers
 
 
@@ -241,8 +242,8 @@ def old_store(root: Path) -> Old:
     if manifest.exists():
         remedy = "bring it back with `dvc checkout`, or remove the folder and ingest again"
         old.table = store.read_arrow(manifest, store.COLUMNS, remedy)
-        facts = store.read_facts(manifest)
-        old.shards, old.ordinal = facts["shards"], facts["ingest"]
+        numbers = store.read_facts(manifest)
+        old.shards, old.ordinal = numbers["shards"], numbers["ingest"]
         if (root / store.RETIRED).exists():
             old.retired = store.read_arrow(root / store.RETIRED, store.COLUMNS, remedy)
         here = pc.is_in(old.retired["key"], value_set=old.table["key"])
@@ -460,7 +461,7 @@ def _write(
     if not same_retired:
         store.write_table(root / store.RETIRED, both, store.COLUMNS)
     classes = {
-        coding: layouts.class_names(coding, config.ingest.mask_codings)
+        coding: list(codings.class_names(coding, config.ingest.mask_codings).values())
         for coding in sorted(rows["mask_coding"].drop_null().unique().to_pylist())
     }
     if classes:
@@ -472,11 +473,12 @@ def _write(
         "tiles": len(rows),
         "classes": dict(sorted((row["values"], row["counts"]) for row in labels)),
         "generated": bool(pc.any(rows["generated"]).as_py()),
+        **facts.summary_of(rows, classes),
     }
     history = {"schema": store.SCHEMA, "ingests": [*old.history, entry]}
     write_json(root / store.HISTORY, history)
-    facts = {"shards": writer.shards, "ingest": old.ordinal + 1}
-    store.write_table(root / store.MANIFEST, rows, store.COLUMNS, facts)
+    numbers = {"shards": writer.shards, "ingest": old.ordinal + 1}
+    store.write_table(root / store.MANIFEST, rows, store.COLUMNS, numbers)
     return False
 
 

@@ -222,7 +222,10 @@ def _labels(
 ) -> Labels | None:
     if not image.attachments:
         return None
-    labels = Labels(image, size, settings.ingest.mask_codings)
+    transform = crs = None
+    if any(one.part == "vectors" for one in image.attachments):
+        transform, crs = scenes.georeference(image.file)
+    labels = Labels(image, size, settings.ingest.mask_codings, crs, transform)
     return stack.enter_context(labels)
 
 

@@ -223,6 +223,16 @@ def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Itera
         yield from _cut(_Scene(path, file), windows, max_nodata_share)
 
 
+def georeference(path: Path) -> tuple[Any, Any]:
+    """An image's affine transform and reference system; both None where it has none.
+
+    Raises:
+        BadInput: it cannot be opened.
+    """
+    with _opened(path) as file:
+        return _georeference(file)
+
+
 def _header(path: Path) -> tuple[int, int, int, str]:
     """Width, height, bands without alpha and dtype of a JPEG or PNG, from its header."""
     from PIL import Image

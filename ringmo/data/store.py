@@ -23,7 +23,7 @@ SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
 HISTORY = "history.json"
-CLASSES = "classes.json"  # coding of masks → number → class
+CLASSES = "classes.json"  # coding of masks → names of its classes, the first is number 0's
 DECISIONS = "decisions.json"  # what a person set aside, or put back
 RETIRED = "retired.parquet"  # tiles whose source left: if it returns, so do their split and bytes
 
