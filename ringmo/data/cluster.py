@@ -60,7 +60,7 @@ class DaskPool(Pool):
 
         waiting = [promise for promise in promises if not promise.done()]
         if waiting:
-            wait(waiting, return_when="FIRST_COMPLETED")  # type: ignore[no-untyped-call]
+            wait(waiting, return_when="FIRST_COMPLETED")
 
 
 @contextmanager

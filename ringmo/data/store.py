@@ -122,7 +122,7 @@ def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":
 def write_table(
     path: Path, rows: Any, columns: dict[str, str], facts: dict[str, int] | None = None
 ) -> None:
-    """Rows (dicts, a DataFrame, an Arrow table) to Parquet: whole or not at all, the same bytes again.
+    """Rows (dicts, a DataFrame, an Arrow table) to Parquet: whole or not at all, the same bytes.
 
     Pages carry checksums, so that a flipped bit is an error when the file is read. `facts` go
     into the metadata under the prefix `ringmo.`.
