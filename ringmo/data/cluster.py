@@ -112,10 +112,11 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
         except (ValueError, TypeError) as error:
             raise BadInput(f"ingest.dask: {address}: {error}") from None
         with client, _spoken(address):
-            threads = client.nthreads()
-            if not threads:
-                raise Unreachable(f"{address}: this Dask cluster has no worker")
-            yield DaskPool(client, sum(threads.values()))
+            try:
+                client.wait_for_workers(1, timeout=ANSWER_S)
+            except TimeoutError:
+                raise Unreachable(f"{address}: this Dask cluster has no worker") from None
+            yield DaskPool(client, sum(client.nthreads().values()))
 
 
 @contextmanager
