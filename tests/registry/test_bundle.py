@@ -193,7 +193,7 @@ def test_a_bundle_knows_how_pixels_become_values(tmp_path: Path, name: str) -> N
         expected = model(torch.from_numpy(normal).permute(2, 0, 1)[None]).softmax(1)
     assert np.allclose(loaded.predict([image]), expected.numpy(), atol=1e-5)
     example = loaded.example[bundle.EXAMPLE_IMAGE].float()
-    assert 0 < float(example.std()) and bool(torch.isfinite(example).all())
+    assert float(example.std()) > 0 and bool(torch.isfinite(example).all())
 
 
 def test_a_model_of_int16_reads_uint16_that_fits(tmp_path: Path) -> None:
