@@ -40,6 +40,7 @@ DRIVERS = {"tif": "GTiff", "png": "PNG", "jpg": "JPEG"}
 # Real imagery compresses a few times, blank paper perhaps a hundred; zlib's limit is 1032.
 BOMB_BYTES, BOMB_RATIO = 256e6, 200
 METRES_PER_DEGREE = 111_320
+MAX_ENLARGED = 8  # times; of coarser imagery there would be next to nothing to see in a tile
 SAME_GSD = 0.01  # a ground sampling distance this near the wanted one, of it, is the wanted one
 # Decoded bytes that one process reads in one go (blocks narrower than the scene: the cache holds
 # what two reads share), and that it is given to read. A strip, as wide as the scene, is decoded
@@ -272,10 +273,10 @@ def _refuse_bomb(path: Path, raw: int) -> None:
 
 def _refuse_odd(file: Any) -> None:
     """Set aside what is no picture of brightness, or none that can be read in bounded memory."""
-    if file.colorinterp[0].name == "palette":
-        raise BadInput("colours by number, of a palette: convert it to RGB or grey")
     if file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1":
         raise BadInput("one bit a pixel: no imagery")
+    if file.colorinterp[0].name == "palette":
+        raise BadInput("colours by number, of a palette: convert it to RGB or grey")
     if len(file.subdatasets) > 1:
         raise BadInput(f"{len(file.subdatasets)} images in one file: split it into one a file")
     if len(set(file.dtypes)) > 1:
@@ -414,7 +415,7 @@ class _Scene:
         flags = file.mask_flag_enums
         self.full = all(MaskFlags.all_valid in one for one in flags)
         # A mask that a tile's own bands say: a nodata value, or an alpha band.
-        self.says_gaps = all(MaskFlags.nodata in f or MaskFlags.alpha in f for f in flags)
+        self.says_gaps = any(MaskFlags.nodata in f or MaskFlags.alpha in f for f in flags)
         self.acquired = _iso(file.tags().get("TIFFTAG_DATETIME"))
         self.transform, self.crs = _georeference(file)
         self.crs_text = None if self.crs is None else self.crs.to_string()
@@ -459,6 +460,10 @@ class _Scene:
         if not own > 0 or abs(own / gsd_m - 1) <= SAME_GSD:
             return 1.0
         scale = gsd_m / own
+        if scale < 1 / MAX_ENLARGED:
+            raise BadInput(
+                f"pixels of {own:g} m, over {MAX_ENLARGED} times ingest.gsd_m ({gsd_m:g} m)"
+            )
         if scale > min(self.height, self.width):
             raise BadInput(
                 f"{self.width} x {self.height} pixels of {own:g} m: less than one of "
