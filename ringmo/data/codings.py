@@ -161,6 +161,7 @@ def class_names(coding: str, codings: dict[str, Any]) -> dict[str, str]:
     """
     if coding == "index":
         return {}
+    names: tuple[str, ...]
     if coding == "binary":
         names = BINARY
     elif coding.startswith(VECTORS):
@@ -251,7 +252,8 @@ def read(mask: Any, window: Any = None) -> NDArray[Any]:
     if len(raw) == 3 and raw.dtype == np.uint8:
         if not ((raw[0] == raw[1]) & (raw[1] == raw[2])).all():
             red, green, blue = raw.astype(np.uint32)
-            return red << 16 | green << 8 | blue
+            packed: NDArray[np.uint32] = red << 16 | green << 8 | blue
+            return packed
     elif len(raw) > 1:
         raise BadInput(f"its mask has {len(bands)} bands of {raw.dtype}: one, or three of uint8")
     values: NDArray[Any] = raw[0]
