@@ -207,7 +207,7 @@ def _line(line: str) -> Box | None:
 
 
 def _area(points: Sequence[Point]) -> float:
-    """Twice is spared nobody: signed area of a polygon, in square pixels."""
+    """Of a polygon, in square pixels; its sign says which way round it goes."""
     around = zip(points, [*points[1:], *points[:1]], strict=True)
     return sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in around) / 2
 

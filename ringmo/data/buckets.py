@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ringmo.errors import BadInput, RingmoError, Unreachable
 
@@ -75,7 +76,8 @@ class Bucket:
         from botocore.exceptions import ClientError, IncompleteReadError
 
         to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = to.with_name(f"{to.name}.tmp")
+        # Several workers may bring the same object, as the vectors of many scenes.
+        temporary = to.with_name(f"{to.name}.{uuid4().hex}.tmp")
         pause = FIRST_PAUSE_S
         for attempt in range(1, TRIES + 1):
             begun = False

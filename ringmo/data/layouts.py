@@ -212,4 +212,5 @@ class Labels:
 def _nearest(start: int, count: int, scale: float, size: int) -> NDArray[np.int64]:
     """The image's pixels under the centres of a tile's, along one side."""
     under = np.floor((start + np.arange(count) + 0.5) * scale).astype(np.int64)
-    return np.minimum(under, size - 1)
+    within: NDArray[np.int64] = np.minimum(under, size - 1)
+    return within

@@ -330,13 +330,12 @@ def _owned(
         for part in parts:
             for level in levels:
                 where = getattr(place, level)
-                label = next(
-                    (index[k] for b in bases if (k := (part, level, where, b)) in index), None
-                )
-                if label is not None and label.path != image.path:
-                    hits.append((image, part, label, level))
+                hits_here = (index.get((part, level, where, base)) for base in bases)
+                hit = next(filter(None, hits_here), None)
+                if hit is not None and hit.path != image.path:
+                    hits.append((image, part, hit, level))
                     if level == "far":
-                        far[part, label.path].append(image)
+                        far[part, hit.path].append(image)
                     break
     unclear = {
         key for key, claims in far.items()
@@ -348,9 +347,9 @@ def _owned(
             f"{source}: {len(unclear)} labels left out: images of the same name in several "
             f"folders could be theirs (first: {shown(first)})"
         )
-    for image, part, label, level in hits:
-        if level != "far" or (part, label.path) not in unclear:
-            yield image, part, label
+    for image, part, its, level in hits:
+        if level != "far" or (part, its.path) not in unclear:
+            yield image, part, its
 
 
 def _shared_vectors(

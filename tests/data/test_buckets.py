@@ -13,6 +13,7 @@ import pytest
 from small_imagery import class_folders, geotiff, tree, write
 
 from ringmo.data import buckets
+from ringmo.data.sources import list_images
 from ringmo.errors import BadInput, Unreachable
 
 
@@ -188,3 +189,42 @@ def test_an_object_that_goes_while_it_is_read_is_set_aside(run, s3, bucket, monk
     report = run("s3://bucket/imagery", ingest__endpoint=s3)
     assert report.figures["tiles"] == 23
     assert report.figures["set_aside_reasons"] == {"cannot be read: it is gone": 1}
+
+
+def test_labels_in_a_bucket_are_those_of_its_folder(s3, bucket, tmp_path):
+    """Masks, boxes, a Shapefile of several objects, and second dates; nothing stays here."""
+    import rasterio
+    from test_layouts import VOC, cut, draw, grey, pair, save, scene, squares, voc, window
+
+    source = bucket / "sets"
+    for name in ("0", "1"):
+        pair(source / "masks", grey([0, 1]), name)
+    voc(source / "voc", VOC)
+    for date in ("A", "B"):
+        write(source / "change" / date / "x.png", ord(date), "PNG")
+    save(source / "change" / "label" / "x.png", grey([0, 255]))
+    scene(source / "vectors" / "scene.tif")
+    draw(source / "vectors" / "scene.shp", "EPSG:3857", squares(), ["a", "b", "c", "d"])
+    fetched = tmp_path / "fetched"
+    for name in ("masks", "voc", "change", "vectors"):
+        remote = buckets.Bucket(f"s3://bucket/sets/{name}", s3)
+        listings = [
+            list_images("in", where, "auto", fetched=fetched) for where in (source / name, remote)
+        ]
+        assert not list(fetched.glob("*")), "what was looked at stays"
+        here, there = (listing.images for listing in listings)
+        assert [i.path for i in here] == [i.path for i in there]
+        for one, other in zip(here, there, strict=True):
+            assert (one.masks, one.layout, one.second) == (other.masks, other.layout, other.second)
+            assert [a.path for a in one.attachments] == [a.path for a in other.attachments]
+            with rasterio.open(one.file) as opened:
+                size = (opened.height, opened.width)
+                where = {"size": size, "crs": opened.crs, "transform": opened.transform}
+            members = [cut(image, window(0, 0, *size), **where) for image in (one, other)]
+            assert members[0] == members[1] and (one.attachments == ()) == (members[0] == [])
+        assert not list(fetched.glob("*")), "fetched labels stay behind"
+    image = there[0]
+    (bucket / "sets" / "vectors" / "scene.dbf").unlink()
+    with pytest.raises(BadInput, match="its vectors cannot be read: it is gone"):
+        cut(image, **where)
+    assert not list(fetched.glob("*"))
