@@ -192,8 +192,9 @@ def duplicates(bench: Bench) -> None:
     count = TRIAL_ROWS * bench.images if bench.images else ROWS
     row = Row(f"near-duplicates among {count} perceptual hashes, 3 of 64 bits", "s", "≤ 180, 4 GB")
     bench.rows.append(row)
-    files = [str(path) for path in bench.source.files[: bench.images]]
-    found = bench.tried(row.what, "duplicates", CORES, files=files, hashes=count)
+    listed = bench.scratch / "files.txt"  # thousands of paths are too long for a command line
+    listed.write_text("\n".join(str(path) for path in bench.source.files[: bench.images]))
+    found = bench.tried(row.what, "duplicates", CORES, listed=str(listed), hashes=count)
     if found is None:
         row.note = FAILED
         return

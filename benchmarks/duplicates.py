@@ -1,6 +1,6 @@
 """The search for near-duplicates among millions of perceptual hashes, in a process of its own.
 
-    python -m benchmarks.duplicates '{"files": […], "hashes": 2000000}'
+    python -m benchmarks.duplicates '{"listed": FILE, "hashes": 2000000}'
 
 A third are hashes of real images, turned and mirrored, with a tenth of their bits flipped: as
 unevenly spread as real ones, with pairs by chance. A third have more flipped, a third are random.
@@ -62,7 +62,7 @@ def search(spec: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the search; every planted pair and a sample by brute force must be found."""
     from ringmo.data import places
 
-    every, blank, planted = hashes(spec["files"], spec["hashes"])
+    every, blank, planted = hashes(Path(spec["listed"]).read_text().splitlines(), spec["hashes"])
     textured = np.flatnonzero(~blank)
     before = peak_mb()
     started = time.perf_counter()

@@ -61,11 +61,13 @@ def test_flipped_bits_are_as_many_as_asked_for() -> None:
 
 
 def test_a_search_that_misses_a_pair_is_no_measurement(
-    source: Source, monkeypatch: pytest.MonkeyPatch
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ringmo.data import places
 
-    spec = {"files": [str(path) for path in source.files[:10]], "hashes": 2000}
+    listed = tmp_path / "files.txt"
+    listed.write_text("\n".join(map(str, source.files[:10])))
+    spec = {"listed": str(listed), "hashes": 2000}
     found = duplicates.search(spec)
     assert found["checked"] >= 90 and found["pairs"] >= found["checked"]
     true = places.near_duplicates
