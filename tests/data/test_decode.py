@@ -10,7 +10,7 @@ from PIL import Image
 from rasterio.io import MemoryFile
 from small_imagery import encoded, geotiff, pixels, write_bands
 
-from ringmo.config import Sensor
+from ringmo.config import Ingest, Sensor
 from ringmo.data import scenes
 from ringmo.data.decode import decode, filled, fitted, read
 from ringmo.errors import BadInput
@@ -59,7 +59,14 @@ def file(tmp_path: Path, image: Image.Image, name: str) -> Path:
 
 
 def first_tile(path: Path, tile_size: int = 16) -> Any:
-    return next(iter(scenes.cut(path, tile_size, 1.0)))
+    seen = look(path, tile_size)
+    windows = seen.windows or [scenes.Window(0, 0, tile_size, tile_size)]
+    return next(iter(scenes.cut(path, windows[:1], 1.0)))
+
+
+def look(path, tile_size):
+    ingest = Ingest(sources=["."], tile_size=tile_size)
+    return scenes.look(path, ingest, SENSORS)
 
 
 SENSORS = {
@@ -78,7 +85,7 @@ def test_printers_colours_become_rgb_whole_and_cut(tmp_path):
     cmyk = image.convert("CMYK")
     for name, most in (("a.jpg", 40), ("a.tif", 0)):
         path = file(tmp_path, cmyk, name)
-        assert scenes.read_whole(path, 16, SENSORS) == ("rgb", None)
+        assert (look(path, 16).sensor, look(path, 16).tile) == ("rgb", None)
         found = decode(path.read_bytes())
         assert np.abs(found.astype(int) - np.asarray(image)).max() <= most
         assert np.abs(first_tile(path).pixels.astype(int) - found[:16, :16]).max() <= 2
@@ -87,7 +94,7 @@ def test_printers_colours_become_rgb_whole_and_cut(tmp_path):
 def test_a_png_palette_is_its_colours_whole_and_cut(tmp_path):
     image = Image.fromarray(pixels(4, width=80, height=64)).quantize(40)
     path, colours = file(tmp_path, image, "a.png"), np.asarray(image.convert("RGB"))
-    assert scenes.read_whole(path, 16, SENSORS) == ("rgb", None)
+    assert (look(path, 16).sensor, look(path, 16).tile) == ("rgb", None)
     assert (decode(path.read_bytes()) == colours).all()
     assert (first_tile(path).pixels == colours[:16, :16]).all()
     assert (decode(first_tile(path).data) == colours[:16, :16]).all()
@@ -96,9 +103,9 @@ def test_a_png_palette_is_its_colours_whole_and_cut(tmp_path):
 def test_a_tiff_of_palette_numbers_is_no_image(tmp_path):
     """A map of classes, nearly always: taken for grey, it would teach a model nonsense."""
     path = file(tmp_path, Image.fromarray(pixels(4)).quantize(40), "a.tif")
-    for look in (decode, lambda _: scenes.read_whole(path, 64, SENSORS)):
+    for sees in (decode, lambda _: look(path, 64)):
         with pytest.raises(BadInput, match="of a palette: convert it to RGB"):
-            look(path.read_bytes())
+            sees(path.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_png_of_16_bits_is_what_its_header_says(bands, sensor, tmp_path):
             target.write(values.transpose(2, 0, 1))
         path.write_bytes(memory.read())
     colours = values[..., : 1 if bands < 3 else 3]
-    assert scenes.read_whole(path, 64, SENSORS)[0] == sensor
+    assert look(path, 64).sensor == sensor
     assert (decode(path.read_bytes()) == colours).all()
     assert (first_tile(path).pixels == colours[:16, :16]).all()
 
