@@ -1,5 +1,6 @@
 """A stage of the chain as a Prefect task: retried, limited in time, linked to its MLflow run."""
 
+import json
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -63,6 +64,7 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
     config = Config.load(workspace.params_file)
     if not changed:
         report = Report.read(workspace.work(name) / "report.json")
+        _show_validation(workspace, name, None)
         return Completed(
             name="Cached", message="unchanged", data=asdict(report) if report else None
         )
@@ -81,6 +83,7 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
         if report is None and status == 0:
             # DVC found, after all, that nothing it depends on changed.
             report = Report.read(workspace.work(name) / "report.json")
+            _show_validation(workspace, name, None)
             return Completed(
                 name="Cached", message="unchanged", data=asdict(report) if report else None
             )
@@ -93,6 +96,9 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
             key=f"mlflow-{name.replace('@', '-')}",
             description=f"Figures and pictures of {name}",
         )
+    # Before a refusal ends the task: it is then that somebody looks.
+    if report is not None and report.exit_code in (0, 1):
+        _show_validation(workspace, name, forwarder.url)
     checked = _checked(name, report, status)
     if report is not None:
         forget_checkpoints(workspace, report)
@@ -122,6 +128,27 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
             description=f"The gate's verdict: {checked['figures'].get('verdict')}",
         )
     return checked
+
+
+def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:
+    """The verdict on the data as an artifact of the flow run, with links where a server has it."""
+    if name != "validate":
+        return
+    from ringmo.data import data_docs
+
+    work = workspace.work(name)
+    verdict = json.loads((work / "verdict.json").read_text())
+
+    def link(page: str) -> str:
+        if url is None:
+            return f"`{work / 'docs' / page}`"
+        return f"[{page}]({url}/artifacts/docs/{page})"
+
+    create_markdown_artifact(
+        key="validation",
+        markdown=data_docs.markdown(verdict, link),
+        description="The rules that the data version was judged by",
+    )
 
 
 def _checked(

@@ -28,9 +28,10 @@ STYLE = (
 code { font-size: .9em } .ok, .text-success { color: #20713a } .warned { color: #9a6700 }
 .failed, .text-danger { color: #b3261e; font-weight: 600 } a { color: #0b57d0 }
 td { vertical-align: top } .cards { display: flex; flex-wrap: wrap; gap: 14px; margin: 1em 0 }
-figure { margin: 0; padding: 8px; border: 1px solid #ddd; border-radius: 4px; max-width: 430px }
+figure { margin: 0; padding: 8px; border: 1px solid #ddd; border-radius: 4px; max-width: 100% }
 figure img { height: 192px; min-width: 60px; background: #eee; image-rendering: pixelated }
-figcaption { font-size: 13px; overflow-wrap: anywhere } .pictures { display: flex; gap: 8px }
+figcaption { font-size: 13px; overflow-wrap: anywhere }
+.pictures { display: flex; flex-wrap: wrap; gap: 8px }
 .pictures div { max-width: 210px; font-size: 12px; overflow-wrap: anywhere }
 """
 )
@@ -116,10 +117,10 @@ def index(verdict: Mapping[str, Any], docs: Path) -> str:
 def _headline(verdict: Mapping[str, Any], failed: str) -> str:
     standings = [standing(v) for v in verdict["rules"]]
     broken, warned = standings.count("FAILED"), standings.count("warning")
-    outcome = f"{failed}: {broken} of {len(standings)} rules broken" if broken else "Passed"
+    outcome = f"{failed}: {broken} of {len(standings)} rules broken"
     return (
-        f"{outcome}, {warned} warning{'s' * (warned != 1)}, {len(standings)} rules in all, "
-        f"{verdict['tiles']:,} tiles"
+        f"{outcome if broken else f'Passed: {len(standings)} rules'}, "
+        f"{warned} warning{'s' * (warned != 1)}, {verdict['tiles']:,} tiles"
     )
 
 

@@ -545,7 +545,7 @@ def _expect(
                         f"{result.result['unexpected_count']} bad rows, {len(bad)} were found"
                     )
                 failed[rule.name] = bad
-        context.build_data_docs()
+        context.build_data_docs(site_names=["docs"])
     return failed
 
 

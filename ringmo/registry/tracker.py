@@ -615,9 +615,10 @@ class _Feed:
         report = Report.read(final / "report.json")
         if report is not None:
             when = self.state["ended"]
+            figures = {**_verdict_figures(final), **report.figures}
             numbers = {
                 name: float(value)
-                for name, value in report.figures.items()
+                for name, value in figures.items()
                 if isinstance(value, int | float) and not isinstance(value, bool)
             }
             tracker.log_metrics(run_id, [(n, v, when, 0) for n, v in numbers.items()])
@@ -631,6 +632,21 @@ class _Feed:
         if final.is_dir():
             tracker.log_folder(run_id, final)
         tracker.set_status(run_id, self.state["status"], self.state["ended"])
+
+
+def _verdict_figures(final: Path) -> dict[str, float]:
+    """Of a validation: its figures, and the rows that break each rule as `failed/RULE`.
+
+    They come from the verdict, since the report of one that failed says only why.
+    """
+    try:
+        verdict = json.loads((final / "verdict.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {
+        **verdict["figures"],
+        **{f"failed/{rule['rule']}": rule["failed_rows"] for rule in verdict["rules"]},
+    }
 
 
 def run_name(state: Mapping[str, Any]) -> str:

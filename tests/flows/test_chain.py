@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from imagery import write_class_folders
 from tiny import TINY
 
 from ringmo import config
+from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
@@ -59,6 +61,17 @@ def prefect(place: Workspace, path: str, body: dict[str, Any]) -> Any:
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
+
+
+def last_artifact(place: Workspace, key: str) -> str:
+    """What the newest artifact of a key says, of a flow run."""
+    found = prefect(
+        place,
+        "artifacts/filter",
+        {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1},
+    )
+    assert found[0]["flow_run_id"]
+    return str(found[0]["data"])
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +127,7 @@ def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) ->
     runs = prefect(place, "artifacts/filter", {})
     assert any(artifact["key"] == "summary" for artifact in runs)
     assert any(artifact["key"] == "mlflow-pretrain" for artifact in runs)
+    assert "Passed: " in last_artifact(place, "validation")
 
 
 def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspace) -> None:
@@ -231,6 +245,20 @@ def test_a_failed_rule_stops_the_chain_and_leaves_the_champion(
     assert "min_per_class" in answer["error"] or "samples" in answer["error"]
     assert "\n" not in answer["error"]
     assert ringmo(place, "models", "scene", "--json").stdout == before
+    # What was found is in the flow run and in MLflow, with the pictures.
+    told = last_artifact(place, "validation")
+    assert "**FAILED**: 3 of" in told
+    assert re.search(r"\| labels \| samples: .*\| \*\*FAILED\*\* \| 1 \| lonely \|", told)
+    link = re.search(r"\((http\S+/runs/(\w+))/artifacts/docs/(rules/samples.html)\)", told)
+    assert link is not None
+    tracker = Tracker(place)
+    judged = tracker.run(link[2])
+    assert judged is not None and judged.experiment == "validate" and judged.status == "FAILED"
+    assert (judged.metrics["failed/samples"], judged.metrics["broken"]) == (1, 3)
+    server = json.loads((place.state / "services.json").read_text())["mlflow"]["url"]
+    page = f"{server}/get-artifact?path=docs/{link[3]}&run_uuid={link[2]}"
+    with urllib.request.urlopen(page, timeout=30) as answer:
+        assert b"data:image/jpeg" in answer.read()
     shutil.rmtree(lonely)
     (imagery.parent / "kept.jpg").rename(imagery / "town" / "back.jpg")
 

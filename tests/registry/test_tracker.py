@@ -177,6 +177,24 @@ def test_a_stage_without_a_training_is_one_run_an_execution(tracked: Workspace) 
     assert [file.path for file in docs] == ["docs/index.html"]
 
 
+def test_a_failed_validation_brings_the_rows_of_every_rule(tracked: Workspace) -> None:
+    out = tracked.work("validate")
+    out.mkdir(parents=True)
+    rules = [{"rule": "nodata", "failed_rows": 3}, {"rule": "blank", "failed_rows": 0}]
+    verdict = {"ok": False, "rules": rules, "figures": {"tiles": 12, "broken": 1, "warnings": 0}}
+    (out / "verdict.json").write_text(json.dumps(verdict))
+    with Forwarder(tracked, "validate", {}) as forwarder:
+        report = Report("validate", ok=False, exit_code=1, reason="nodata: 3 rows")
+        forwarder.finish(report, out)
+    (run,) = Tracker(tracked).runs("validate")
+    assert run.status == "FAILED"
+    assert run.metrics == {
+        "tiles": 12, "broken": 1, "warnings": 0, "failed/nodata": 3, "failed/blank": 0
+    }  # fmt: skip
+    names = {file.path for file in Tracker(tracked)._client.list_artifacts(run.id)}
+    assert "verdict.json" in names
+
+
 def test_half_a_line_is_sent_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "figures.jsonl"
     path.write_text('{"step": 1, "time": 5, "train/loss": 2.5, "val/loss": NaN}\n{"step": 2, "ti')
