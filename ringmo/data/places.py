@@ -8,6 +8,7 @@ whole columns, and only what the newcomers may touch is looked at one by one.
 """
 
 import hashlib
+from binascii import unhexlify
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ PORTION = 100_000  # pairs of hashes at a time
 BLOCK, COLUMNS = 256, 4096  # thumbnails compared each with each at a time
 POINTS = 1_000_000  # transformed at a time
 QUERIES = 200_000  # footprints looked up at a time
+FEW = 20_000  # footprints, of which it is not worth the while to ask which are within reach
 LATTICE = 64  # cells a side in which a reference system is taken to be straight
 RASTER = 2048  # cells a side, over the ground that newcomers cover
 
@@ -173,7 +175,7 @@ def overlaps(tiles: "pandas.DataFrame", new: Flags) -> Index:
     if not new[rows].any():
         return np.empty((0, 2), np.int64)
     names = [str(name) for name in crs]
-    if not new[rows].all():
+    if len(rows) > FEW and not new[rows].all():
         rows = rows[_within_reach(native[rows], codes[rows], names, new[rows])]
 
     order = np.lexsort((*native[rows].T, codes[rows]))
@@ -483,8 +485,17 @@ def _second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
 
 def _hashes(column: "pandas.Series[Any]", wanted: Flags) -> NDArray[np.uint64]:
     """Perceptual hashes of 16 hex digits as numbers; 0 where none is wanted."""
+    import pyarrow as pa
+
     hashes = np.zeros(len(column), np.uint64)
-    hashes[wanted] = np.frombuffer(bytes.fromhex("".join(column[wanted])), ">u8")
+    if not wanted.any():
+        return hashes
+    text = pa.array(column[wanted])
+    if isinstance(text, pa.ChunkedArray):
+        text = pa.concat_arrays(text.chunks)
+    digits = text.cast(pa.binary(16))
+    ends = 16 * digits.offset, 16 * (digits.offset + len(digits))
+    hashes[wanted] = np.frombuffer(unhexlify(digits.buffers()[1][slice(*ends)]), ">u8")
     return hashes
 
 
@@ -668,11 +679,12 @@ def _inherit(
     has[groups[elders], rank] = True
 
     # The strongest split's first place by name.
-    best = elders[rank == has.argmax(axis=1)[groups[elders]]]
+    strongest: Index = np.asarray(has.argmax(axis=1))
+    best = elders[rank == strongest[groups[elders]]]
     pairs = pd.DataFrame({"group": groups[best], "place": place[best]}).drop_duplicates()
     pairs["name"] = np.asarray(places, np.object_)[pairs["place"]]
     names = pairs.sort_values("name").drop_duplicates("group").set_index("group")["name"]
-    heirs = np.flatnonzero(has.any(axis=1)[ours])
+    heirs = np.flatnonzero(np.asarray(has.any(axis=1))[ours])
     name[heirs] = names.reindex(ours[heirs]).to_numpy(np.object_)
     # Between a place of one split and one of another, it belongs to neither.
     taught = has[:, :3]
