@@ -560,23 +560,29 @@ def _place(
     new: list[Row],
     writer: store.ShardWriter,
 ) -> dict[str, int]:
+    import pandas as pd
+
+    if not new:
+        return {"overlapping": 0, "near_duplicates": 0, "unused": 0}
     current = {row["key"]: row for row in gathered.rows if "place" in row}
     known = list((old.retired | old.rows | current).values())
     tiles = store.TileStore(root)
 
-    def fetch(row: Row) -> bytes:
-        data = writer.read(row["shard"], row["offset"], row["size"])
-        return data or tiles.read(row["shard"], row["offset"], row["size"])
+    def fetch(shard: str, offset: int, size: int) -> bytes:
+        return writer.read(shard, offset, size) or tiles.read(shard, offset, size)
 
-    return places.assign(
-        known,
-        new,
+    placed, counts = places.assign(
+        pd.DataFrame(known),
+        pd.DataFrame(new),
         shares={"test": config.split.test, "val": config.split.val},
         near_bits=config.split.near_duplicate_bits,
         blank_std=config.validate_.min_std,
         seed=config.split.seed,
         fetch=fetch,
     )
+    for row, place, split in zip(new, placed["place"], placed["split"], strict=True):
+        row |= {"place": place, "split": split}
+    return counts
 
 
 def _write(

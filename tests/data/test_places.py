@@ -3,11 +3,18 @@
 import hashlib
 import io
 import random
+from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from rasterio._err import CPLE_BaseError
+from rasterio.warp import transform
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from small_imagery import class_folders, encoded, geotiff, pixels, sensed, write_bands
 
 from ringmo.config import Config
@@ -22,16 +29,29 @@ def row(key: str, label: str | None = None, box: tuple[float, ...] | None = None
     digits = hashlib.sha256(key.encode()).hexdigest()[:16]
     return {
         "key": key, "label": label, "crs": "EPSG:32631" if box else None, "minx": minx,
-        "miny": miny, "maxx": maxx, "maxy": maxy, "std": 20.0, "phash": digits,
-        "source": key, "source_root": "r", "sensor": "rgb", **more,
+        "miny": miny, "maxx": maxx, "maxy": maxy, "std": 20.0, "phash": digits, "second": None,
+        "source": key, "source_root": "r", "sensor": "rgb", "shard": "0", "offset": 0, "size": 0,
+        **more,
     }  # fmt: skip
 
 
-def assign(known: list[Any], rows: list[Any], fetch: Any = None) -> dict[str, int]:
-    return places.assign(
-        known, rows, shares={"test": 0.2, "val": 0.1}, near_bits=3, blank_std=2.0, seed=42,
-        fetch=fetch or (lambda row: pytest.fail("no pair to look at")),
+def assign(known: list[Any], rows: list[Any], fetch: Any = None, bits: int = 3) -> dict[str, int]:
+    """Sets place and split of the rows, from tables whose index says nothing."""
+    tables = [pd.DataFrame(table, index=[7] * len(table)) for table in (known, rows)]
+    placed, counts = places.assign(
+        *tables, shares={"test": 0.2, "val": 0.1}, near_bits=bits, blank_std=2.0, seed=42,
+        fetch=fetch or (lambda *where: pytest.fail("no pair to look at")),
     )  # fmt: skip
+    for one, place, split in zip(rows, placed["place"], placed["split"], strict=True):
+        one |= {"place": place, "split": split}
+    return counts
+
+
+def overlaps(rows: list[Any], new: Any = None) -> set[tuple[int, int]]:
+    fresh = np.ones(len(rows), bool) if new is None else new
+    pairs = [(i, j) for i, j in places.overlaps(pd.DataFrame(rows), fresh).tolist()]
+    assert len(set(pairs)) == len(pairs)
+    return set(pairs)
 
 
 def meet(a: Any, b: Any) -> bool:
@@ -106,12 +126,11 @@ def test_footprints_meet_across_reference_systems_and_the_180th_meridian():
     one = row("a", box=(179.9, -0.1, 180.1, 0.1), crs="EPSG:4326")
     two = row("b", box=(-180.0, -0.05, -179.95, 0.05), crs="EPSG:4326")
     far = row("c", box=(10.0, 0, 10.2, 0.2), crs="EPSG:4326")
-    pairs = set(places.overlaps([one, two, far], np.ones(3, bool)))
-    assert pairs == {(0, 1)}
+    assert overlaps([one, two, far]) == {(0, 1)}
     # UTM 31N: 500 km east is 3 degrees east, on the equator.
     metric = row("d", box=(499_000.0, 0, 501_000, 2_000), crs="EPSG:32631")
     degrees = row("e", box=(2.99, 0.0, 3.01, 0.02), crs="EPSG:4326")
-    assert set(places.overlaps([metric, degrees], np.ones(2, bool))) == {(0, 1)}
+    assert overlaps([metric, degrees]) == {(0, 1)}
 
 
 def test_near_hashes_are_all_found():
@@ -127,7 +146,260 @@ def test_near_hashes_are_all_found():
         if apart[i, j] <= 3 and (new[i] or new[j])
     }  # fmt: skip
     assert len(wanted) > 50
-    assert set(places.near_duplicates(hashes, 3, new)) == wanted
+    assert {tuple(pair) for pair in places.near_duplicates(hashes, 3, new)} == wanted
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_crowded_hashes_are_compared_no_less(bits):
+    """Thousands of hashes that differ in a few of their bits only, as of smooth shading."""
+    rng = np.random.default_rng(bits)
+    hashes = rng.integers(0, 2**22, 3000, dtype=np.uint64) << np.uint64(20)
+    new = rng.random(3000) < 0.3
+    apart = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
+    wanted = np.argwhere((apart <= bits) & (new[:, None] | new[None, :]))
+    found = places.near_duplicates(hashes, bits, new)
+    assert {tuple(pair) for pair in found} <= {tuple(pair) for pair in wanted}
+    assert (found[:, 0] < found[:, 1]).all()
+    assert len(np.unique(found, axis=0)) == len(found) > 0
+    assert components(3000, found) == components(3000, wanted)
+
+
+def test_identical_hashes_are_linked_and_not_squared():
+    hashes = np.full(100_000, 7, np.uint64)
+    new = np.ones(len(hashes), bool)
+    assert len(places.near_duplicates(hashes, 3, new)) == len(hashes) - 1
+    new[:-1] = False  # known ones are joined by what is new only
+    found = places.near_duplicates(hashes, 3, new)
+    assert len(found) == len(hashes) - 1
+    assert (found[:, 1] == len(hashes) - 1).all()
+    hashes[-1] = 5  # a bit from all of them
+    assert len(places.near_duplicates(hashes, 3, new)) == len(hashes) - 1
+    new[-1] = False
+    assert not len(places.near_duplicates(hashes, 3, new))
+
+
+def components(n: int, pairs: Any) -> list[int]:
+    a, b = np.asarray(pairs).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].tolist()
+
+
+def footprint(rng: random.Random) -> dict[str, Any]:
+    """Somewhere where footprints are odd: two zones' border, the 180th meridian, a pole, a limb."""
+    crs = rng.choice(["EPSG:32631", "EPSG:32632", "EPSG:3857", "EPSG:4326", "EPSG:32660",
+                      "EPSG:3413", "+proj=geos +h=35785831 +lon_0=-75 +sweep=x", ""])  # fmt: skip
+    x, y = rng.choice([50 * rng.randrange(40), rng.uniform(0, 2000)]), 50 * rng.randrange(30)
+    side = rng.choice([90, 100, 400])
+    if crs == "EPSG:4326":
+        west = rng.choice([5.55, 179.998, -180.0005, 359.0]) + x * 1e-5
+        box = (west, 45.12 + y * 1e-5, west + 0.001, 45.121 + y * 1e-5)
+    elif crs == "EPSG:3413":
+        box = (x - 700, y - 700.0, x - 700 + side, y - 700 + side)
+    elif crs.startswith("+"):
+        box = (rng.choice([-5.4e6, 5.3e6, 0]), 20.0 * y, 0, 20.0 * y + 3000)
+        box = (box[0], box[1], box[0] + 2e5, box[3])
+    else:
+        east, north = {"EPSG:32631": (7e5, 5e6), "EPSG:32632": (2.6e5, 5e6),
+                       "EPSG:3857": (618e3, 564e4)}.get(crs, (833_000, 0))  # fmt: skip
+        box = (east + x, north + y, east + x + side, north + y + side)
+    return {"crs": crs or None, **dict(zip(("minx", "miny", "maxx", "maxy"), box, strict=True))}
+
+
+@cache
+def degrees(crs: str | None, *box: float) -> list[tuple[float, ...]]:
+    """West, south, east, north, and by how much it was turned to the other side of the map."""
+    if crs is None:
+        return []
+    x, y, right, top = box
+    xs, ys = [x, x, right, right], [y, top, y, top]
+    if crs != "EPSG:4326":
+        try:
+            xs, ys = transform(crs, "EPSG:4326", xs, ys)
+        except CPLE_BaseError:
+            return []
+    if not np.isfinite([xs, ys]).all():
+        return []
+    if 180 < max(xs) - min(xs) < 360:
+        xs = [x % 360 for x in xs]
+    turns = [0, 360] if max(xs) > 180 else [0]
+    return [(min(xs) - turn, min(ys), max(xs) - turn, max(ys), turn) for turn in turns]
+
+
+def share_ground(a: Any, b: Any) -> bool:
+    """Whether two tiles meet in degrees, and in their CRS if they have one, a copy aside."""
+    sides = ("minx", "miny", "maxx", "maxy")
+    one, two = ([tile[side] for side in sides] for tile in (a, b))
+    touch = a["crs"] == b["crs"] and any(
+        min(one[high], two[high]) - max(one[low], two[low])
+        <= 0.005 * min(one[high] - one[low], two[high] - two[low])
+        for low, high in ((0, 2), (1, 3))
+    )
+    return any(
+        w1 < e2 and w2 < e1 and s1 < n2 and s2 < n1 and (turn or other or not touch)
+        for w1, s1, e1, n1, turn in degrees(a["crs"], *one)
+        for w2, s2, e2, n2, other in degrees(b["crs"], *two)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_footprints_meet_as_they_do_two_at_a_time(seed, monkeypatch):
+    rng = random.Random(seed)
+    rows = [footprint(rng) for _ in range(240)]
+    rows += [dict(rng.choice(rows)) for _ in range(40)]
+    rng.shuffle(rows)
+    new = np.array([rng.random() < (0.1, 0.5, 0.9, 1)[seed] for _ in rows])
+    pairs = [(i, j) for j in range(len(rows)) for i in range(j) if new[i] or new[j]]
+    wanted = {(i, j) for i, j in pairs if share_ground(rows[i], rows[j])}
+    found = overlaps(rows, new)
+    assert found <= wanted
+    assert len(found) > 20
+    assert components(len(rows), list(found)) == components(len(rows), list(wanted))
+    # Known footprints out of reach are passed over when there are many.
+    monkeypatch.setattr(places, "FEW", 0)
+    monkeypatch.setattr(places, "RASTER", 64)
+    assert overlaps(rows, new) == found
+
+
+def test_what_is_out_of_reach_is_hardly_ever_transformed():
+    side = np.arange(200.0) * 1000
+    x, y = (corner.ravel() for corner in np.meshgrid(3e5 + side, 5e6 + side))
+    native = np.concatenate([np.stack([x, y, x + 1500, y + 1500], axis=1)] * 2)
+    codes = np.repeat([0, 1], 40_000)
+    new = np.zeros(80_000, bool)
+    new[10_050:10_070] = True
+    reach = places._within_reach(native, codes, ["EPSG:32631", "EPSG:32632"], new)
+    assert 60 < reach.sum() < 1000
+
+
+def test_many_dates_of_one_footprint_are_linked_and_not_squared():
+    rows = pd.DataFrame([row("a", box=(0.0, 0, 10, 10))] * 5000)
+    assert len(places.overlaps(rows, np.ones(5000, bool))) == 4999
+
+
+def drawn(ground: int, copy: int) -> bytes:
+    """A tile of one of many grounds, so noisy that copies are alike, doubtful or another place."""
+    squares = np.random.default_rng(ground).integers(0, 255, (8, 8))
+    noise = np.random.default_rng(1000 + copy).normal(0, (4, 25, 55)[copy % 3], (40, 40))
+    pixels = np.kron(squares, np.ones((5, 5))) + noise
+    return encoded(np.clip(pixels, 0, 255).astype(np.uint8)[..., None].repeat(3, axis=2))
+
+
+def one_by_one(known: list[Any], rows: list[Any], bits: int) -> tuple[list[Any], dict[str, int]]:
+    """What `assign` is to find, looking at every pair of tiles."""
+    every, first = known + rows, len(known)
+    group = list(range(len(every)))
+
+    def join(i: int, j: int) -> bool:
+        a, b = sorted((group[i], group[j]))
+        group[:] = [a if g == b else g for g in group]
+        return a != b
+
+    pairs = [(i, j) for j in range(len(every)) for i in range(j)]
+    for i, j in pairs:
+        a, b = every[i], every[j]
+        scene = i >= first and a["source"] == b["source"]
+        dates = a["second"] == b["key"] or b["second"] == a["key"]
+        if scene or dates or (j < first and a["place"] == b["place"]):
+            join(i, j)
+    counts = {"overlapping": 0, "near_duplicates": 0, "unused": 0}
+    pairs = [(i, j) for i, j in pairs if j >= first]
+    for i, j in pairs:
+        if share_ground(every[i], every[j]):
+            counts["overlapping"] += join(i, j)
+    for i, j in pairs:
+        a, b = every[i], every[j]
+        apart = (int(a["phash"], 16) ^ int(b["phash"], 16)).bit_count()
+        seen = min(a["std"], b["std"]) >= 2 and a["sensor"] == b["sensor"]
+        if seen and apart <= bits and places.look_alike(drawn(*a["tile"]), drawn(*b["tile"])):
+            counts["near_duplicates"] += join(i, j)
+
+    answer: dict[str, tuple[str, str]] = {}
+    unseen = []
+    for g in sorted(set(group[first:])):
+        ours = [r for r, other in zip(rows, group[first:], strict=True) if other == g]
+        elders = [r for r, other in zip(known, group[:first], strict=True) if other == g]
+        if not elders:
+            unseen.append(("p" + min(r["key"] for r in ours), ours))
+            continue
+        splits = {r["split"] for r in elders} - {"unused"}
+        best = min(elders, key=lambda r: (places.STRONGEST.index(r["split"]), r["place"]))
+        split = splits.pop() if len(splits) == 1 else "unused"
+        answer |= {r["key"]: (best["place"], split) for r in ours}
+        counts["unused"] += len(ours) * (split == "unused")
+    have = Counter((r["label"], r["split"]) for r in known)
+    shares = {"test": 0.2, "val": 0.1, "train": 1 - (0.2 + 0.1)}
+    digest = {name: hashlib.sha256(f"42:{name}".encode()).hexdigest() for name, _ in unseen}
+    for name, ours in sorted(unseen, key=lambda place: (-len(place[1]), digest[place[0]])):
+        every_label = sorted(r["label"] for r in ours if r["label"]) or [None]
+        label = max(every_label, key=every_label.count)
+        total = sum(have[label, split] for split in shares) + len(ours)
+        lack = {s: round(share * total - have[label, s], 9) for s, share in shares.items()}
+        split = max(lack, key=lambda s: lack[s])  # the first of equals: test, val, train
+        have[label, split] += len(ours)
+        answer |= {r["key"]: (name, split) for r in ours}
+    return [answer[r["key"]] for r in rows], counts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_places_and_splits_are_those_of_every_pair_looked_at(seed):
+    rng = random.Random(seed)
+    known: list[Any] = []
+    sums: Counter[str] = Counter()
+    for batch in range(3):
+        rows: list[Any] = []
+        for i in range((150, 20, 80)[batch]):
+            ground = rng.randrange(30)
+            digits = int(hashlib.sha256(str(ground).encode()).hexdigest()[:16], 16)
+            for _ in range(rng.choice([0, 0, 0, 1, 2, 3])):
+                digits ^= 1 << rng.randrange(64)
+            tile = ground, rng.randrange(100)
+            one = row(f"{seed}{batch}{i:03d}", rng.choice([None, "a", "b"]), phash=f"{digits:016x}",
+                      sensor=rng.choice(["rgb", "rgb", "s1"]), std=rng.choice([20.0, 20.0, 1.0]),
+                      shard=str(tile[0]), offset=tile[1], tile=tile)  # fmt: skip
+            one |= footprint(rng) if rng.random() < 0.5 else {}
+            if rng.random() < 0.1:
+                one["source"] = f"scene {rng.randrange(3)}"
+            if rng.random() < 0.1:
+                one["second"] = rng.choice(known + rows + [one])["key"]
+            rows.append(one)
+        wanted, figures = one_by_one(known, [dict(r) for r in rows], bits=seed)
+        counts = assign(known, rows, lambda shard, at, size: drawn(int(shard), at), bits=seed)
+        assert counts == figures
+        assert [(r["place"], r["split"]) for r in rows] == wanted
+        known += rows
+        sums.update(counts)
+    assert min(sums.values()) > 0
+
+
+def test_two_dates_of_one_ground_are_one_place():
+    first = row("a", second="b")
+    rows = [first, row("b"), row("c", second="lost")]
+    assign([], rows)
+    assert rows[0]["place"] == rows[1]["place"] != rows[2]["place"]
+    later = [row("d", second="c"), row("e")]
+    assign(rows, later)
+    assert (later[0]["place"], later[0]["split"]) == (rows[2]["place"], rows[2]["split"])
+    assert later[1]["place"] not in {r["place"] for r in rows}
+    # The first date stays, of the second another picture came.
+    newer = [row("f")]
+    assign([{**rows[0], "second": "f"}, *rows[1:]], newer)
+    assert newer[0]["place"] == rows[0]["place"]
+
+
+def test_a_thousand_copies_are_decoded_once_each():
+    looked: Counter[int] = Counter()
+
+    def fetch(shard: str, offset: int, size: int) -> bytes:
+        looked[offset] += 1
+        return tiles[offset % 2]
+
+    tiles = [encoded(pixels(1)), encoded(pixels(2))]
+    rows = [row(f"{i}", phash="0f" * 8, offset=i) for i in range(1000)]
+    counts = assign([], rows, fetch)
+    assert counts["near_duplicates"] == 998
+    assert len({r["place"] for r in rows}) == 2
+    assert set(looked.values()) == {1}
+    assert assign(rows, [row("again", phash="0f" * 8, offset=3)], fetch)["near_duplicates"] == 1
 
 
 def test_recompressed_copy_is_found_and_another_scene_is_not(aid):
