@@ -74,7 +74,7 @@ def fitted(pixels: Pixels, dtype: str) -> Pixels:
     Raises:
         BadInput: of another dtype, or more than 1 % of the values are beyond int16; the reason.
     """
-    found = str(pixels.dtype)
+    found, dtype = str(pixels.dtype), DTYPES.get(dtype, dtype)
     if found == dtype:
         return pixels
     if (found, dtype) == ("float64", "float32"):
