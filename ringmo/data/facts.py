@@ -349,7 +349,7 @@ def _near_elsewhere(
         starts = np.flatnonzero(np.r_[True, hashes[1:] != hashes[:-1]])
         torn = _splits_of(split[rows], starts)
         bits = config.split.near_duplicate_bits
-        pairs = _pairs(places.near_duplicates(hashes[starts], bits, torn > 1))
+        pairs = places.near_duplicates(hashes[starts], bits, torn > 1)
         _meet(partner, rows, starts, torn, pairs, split, alike)
     return partner
 
@@ -374,14 +374,9 @@ def _overlap_elsewhere(tiles: "pyarrow.Table", split: NDArray[np.int64]) -> Rows
     torn = _splits_of(split[rows], starts)
     ground = frame.iloc[order[starts]].reset_index(drop=True)
     ground["crs"] = np.array(names, object)[ground["crs"].to_numpy()]
-    pairs = _pairs(places.overlaps(ground.to_dict("records"), torn > 1))  # type: ignore[arg-type]
+    pairs = places.overlaps(ground, torn > 1)
     _meet(partner, rows, starts, torn, pairs, split, None)
     return partner
-
-
-def _pairs(found: Any) -> NDArray[np.int64]:
-    """Pairs of numbers, (N, 2)."""
-    return np.array(list(found), np.int64).reshape(-1, 2)
 
 
 def _splits_of(split: NDArray[np.int64], starts: Rows) -> NDArray[np.int64]:
