@@ -21,7 +21,7 @@ from ringmo.stage import run_stage
 def judge(run, workspace, manifest, tmp_path) -> Callable[..., Any]:
     """Ingest, change the manifest, validate; returns the verdict."""
     run(class_folders(tmp_path / "in", each=12))
-    (workspace.store / facts.CLASSES).write_text('{"roads": ["background", "road"]}')
+    (workspace.store / store.CLASSES).write_text('{"roads": ["background", "road"]}')
 
     def change_and_validate(change: Callable[[Any], Any] | None = None) -> Any:
         if change is not None:
