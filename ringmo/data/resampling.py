@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
 
+PART_VALUES = 2_000_000  # source values that are in float64 at a time
+
 
 @dataclass(frozen=True)
 class Side:
@@ -66,6 +68,23 @@ def resampled(
         gaps: as `raw`, or (H, W, 1) for all bands; None where there are none.
         nodata: what to write where half a pixel or more has no data; None: NaN, of integers 0.
     """
+    source_row = max(1, raw[0].size * rows.scale)
+    step = max(1, int(PART_VALUES / source_row))
+    values, lost = [], []
+    for top in range(0, rows.count, step):
+        part = Side(rows.start + top, min(step, rows.count - top), rows.scale, rows.length)
+        near = slice(part.source.start - rows.source.start, part.source.stop - rows.source.start)
+        some = None if gaps is None else gaps[near]
+        one, missing = _resampled(raw[near], some, part, cols, nodata)
+        values.append(one)
+        lost.append(missing)
+    every = np.concatenate(lost)
+    return np.concatenate(values), every if every.any() else None
+
+
+def _resampled(
+    raw: Pixels, gaps: Mask | None, rows: Side, cols: Side, nodata: float | None
+) -> tuple[Pixels, Mask]:
     if raw.dtype.kind == "c":
         raw = (np.square(raw.real) + np.square(raw.imag)).astype(np.float32)
 
@@ -73,9 +92,9 @@ def resampled(
         down = rows.made_of(np.asarray(values, np.float64))
         return cols.made_of(down.swapaxes(0, 1)).swapaxes(0, 1)
 
-    lost: Mask | None = None
     if gaps is None or not gaps.any():
         values = means(raw)
+        lost = np.zeros(values.shape, np.bool_)
     else:
         values, has = means(np.where(gaps, 0, raw)), means(~gaps)
         lost = np.broadcast_to(has <= 0.5, values.shape)
@@ -86,8 +105,6 @@ def resampled(
         if nodata is not None:
             # A measurement that comes to the value for none is the next one.
             values[values == nodata] += 1 if nodata < limits.max else -1
-    if lost is not None:
-        empty = math.nan if raw.dtype.kind == "f" else 0
-        values[lost] = empty if nodata is None else nodata
-        lost = lost if lost.any() else None
-    return np.ascontiguousarray(values.astype(raw.dtype)), lost
+    empty = math.nan if raw.dtype.kind == "f" else 0
+    values[lost] = empty if nodata is None else nodata
+    return values.astype(raw.dtype), lost

@@ -147,7 +147,7 @@ def test_a_tiles_bytes_do_not_depend_on_what_is_read_with_it(
 ):
     own = {name: change[name] for name in ("stride", "gsd_m") if name in change}
     profile = {name: value for name, value in change.items() if name not in own}
-    path = scene(tmp_path / "a.tif", pixels(3, 700, 500), **profile)
+    path = scene(tmp_path / "a.tif", pixels(3, 400, 300), **profile)
     found = look(path, settings(**own), sensors)
     together = [t and t.data for t in cut(path, found.windows, 1.0)]
     alone = [t and t.data for w in found.windows for t in cut(path, [w], 1.0)]
@@ -306,7 +306,7 @@ def gdal_means(path: Path, window: Window, how: Resampling) -> Any:
 def test_shrinking_takes_the_mean_of_all_that_a_pixel_covers(gsd, sensor, tmp_path, sensors):
     values = sensed(sensor, 1, 420, 300)
     path = write_bands(tmp_path / "a.tif", values)
-    found = look(path, settings(tile_size=16, gsd_m=gsd), sensors)
+    found = look(path, settings(tile_size=32, gsd_m=gsd), sensors)
     assert found.sensor == sensor
     tiles = tiles_of(path, found) if found.windows else [found.tile]
     for tile in tiles:
@@ -339,7 +339,7 @@ def test_enlarging_is_smooth_and_seamless(gsd, tmp_path, sensors):
 
 
 def test_a_pixel_is_the_same_in_every_tile_that_has_it(tmp_path, sensors):
-    path = write_bands(tmp_path / "a.tif", sensed("s1", 5, 900, 700))
+    path = write_bands(tmp_path / "a.tif", sensed("s1", 5, 400, 300))
     for gsd in (23.3, 7.9):
         found = look(path, settings(tile_size=48, stride=31, gsd_m=gsd), sensors)
         seen: dict[tuple[int, int], Any] = {}
@@ -381,7 +381,7 @@ def test_a_small_image_is_resampled_as_one_tile_and_of_the_wanted_distance_left_
 
 @pytest.mark.parametrize("sensor", ["rgb", "s2l2a", "s1"])
 def test_no_data_takes_no_part_in_a_mean(sensor, tmp_path, sensors):
-    values = np.full_like(sensed(sensor, 1, 320, 320), 100)
+    values = np.full_like(sensed(sensor, 1, 200, 200), 100)
     values[:, :101] = 0
     path = write_bands(tmp_path / "a.tif", values, nodata=0)
     for gsd in (20, 30, 5):
