@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,6 +39,10 @@ class Bucket:
 
     url: str
     endpoint: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A connection stays in its process; a worker has one for all images of a bucket.
+        return _known, (self.url, self.endpoint)
 
     @property
     def name(self) -> str:
@@ -158,6 +162,11 @@ class Bucket:
             raise Unreachable(f"{where}: {said} (tried {TRIES} times)") from error
         except (BotoCoreError, ValueError) as error:
             raise BadInput(f"{where}: {' '.join(str(error).split())[:160]}") from error
+
+
+@lru_cache(maxsize=256)
+def _known(url: str, endpoint: str | None) -> Bucket:
+    return Bucket(url, endpoint)
 
 
 def _code(error: Any) -> str:

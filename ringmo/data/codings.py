@@ -33,7 +33,7 @@ GDAL = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
     # GDAL 3.10 reads a truncated PNG of 8 bits at once as noise, without an error.
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
-    "GDAL_CACHEMAX": 256,
+    "GDAL_CACHEMAX": 64_000_000,  # bytes: rasterio makes no megabytes of small numbers
     "CPL_LOG": "/dev/null",
 }
 

@@ -1,6 +1,7 @@
 """Imagery in a real S3 server, and in one that throttles, breaks off and does not answer."""
 
 import http.client
+import pickle
 import shutil
 import threading
 from collections.abc import Iterator
@@ -228,3 +229,15 @@ def test_labels_in_a_bucket_are_those_of_its_folder(s3, bucket, tmp_path):
     with pytest.raises(BadInput, match="its vectors cannot be read: it is gone"):
         cut(image, **where)
     assert not list(fetched.glob("*"))
+
+
+def test_images_of_a_bucket_reach_workers_and_share_a_connection_there(s3, bucket, tmp_path):
+    class_folders(bucket / "imagery", classes=2, each=1)
+    remote = buckets.Bucket("s3://bucket/imagery", s3)
+    images = list_images("in", remote, "auto", fetched=tmp_path / "fetched").images
+    first, second = (pickle.loads(pickle.dumps(image)) for image in images)
+    assert first == images[0] and first.bucket is second.bucket and first.bucket is not remote
+    first.fetch()
+    assert first.file.read_bytes() == (bucket / "imagery" / first.path).read_bytes()
+    first.forget()
+    assert not first.file.exists()
