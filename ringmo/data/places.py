@@ -26,7 +26,7 @@ Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Boxes = NDArray[np.float64]  # (N, 4): minx, miny, maxx, maxy
 
-SPLITS = ("train", "val", "test")
+SIDES = ("minx", "miny", "maxx", "maxy")
 # Which split a newcomer takes where it could take several: what must stay unseen goes first.
 STRONGEST = ("test", "val", "train", "unused")
 # Below this correlation of their thumbnails two tiles with near hashes are still two places.
@@ -46,7 +46,7 @@ POINTS = 1_000_000  # transformed at a time
 QUERIES = 200_000  # footprints looked up at a time
 FEW = 20_000  # footprints, of which it is not worth the while to ask which are within reach
 LATTICE = 64  # cells a side in which a reference system is taken to be straight
-RASTER = 2048  # cells a side, over the ground that newcomers cover
+RASTER = 1024  # cells a side, over the ground that newcomers cover
 
 
 def near_duplicates(hashes: NDArray[np.uint64], bits: int, new: Flags) -> Index:
@@ -168,7 +168,7 @@ def overlaps(tiles: "pandas.DataFrame", new: Flags) -> Index:
     import pandas as pd
 
     codes, crs = pd.factorize(tiles["crs"])
-    native = tiles[["minx", "miny", "maxx", "maxy"]].to_numpy(np.float64)
+    native = tiles[list(SIDES)].to_numpy(np.float64)
     area = (native[:, 2] > native[:, 0]) & (native[:, 3] > native[:, 1])
     usable = (codes >= 0) & area & np.isfinite(native).all(axis=1)
     rows = np.flatnonzero(usable)
@@ -401,27 +401,28 @@ def assign(
     """
     import pandas as pd
 
-    columns = ["crs", "minx", "miny", "maxx", "maxy", "std", "phash", "sensor"]
-    columns += ["shard", "offset", "size"]
     if known.empty:
-        known = new.iloc[:0].reindex(columns=[*columns, "key", "label", "place", "split"])
-        every = new[columns].reset_index(drop=True)
-    else:
-        every = pd.concat([known[columns], new[columns]], ignore_index=True)
-    first = len(known)
-    fresh = np.arange(len(every)) >= first
+        known = new.iloc[:0].assign(place="", split="")
+    first, fresh = len(known), np.repeat([False, True], [len(known), len(new)])
+
+    def both(name: str) -> "pandas.Series[Any]":
+        return pd.concat([known[name], new[name]]) if first else new[name]
+
     counts = {"overlapping": 0, "near_duplicates": 0, "unused": 0}
 
     place_codes, places = pd.factorize(known["place"])
     scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
     group = np.concatenate([place_codes, len(places) + scenes]).astype(np.int64)
     group, _ = _join(group, _second_dates(known, new))
-    group, counts["overlapping"] = _join(group, overlaps(every, fresh))
+    footprints = pd.DataFrame({name: both(name).array for name in ("crs", *SIDES)})
+    group, counts["overlapping"] = _join(group, overlaps(footprints, fresh))
 
-    textured = every["std"].to_numpy(np.float64) >= blank_std
-    hashes = _hashes(every["phash"], textured)
-    sensors, _ = pd.factorize(every["sensor"])
-    shards, offsets, sizes = (every[name].array for name in ("shard", "offset", "size"))
+    textured = both("std").to_numpy(np.float64) >= blank_std
+    hashes = _hashes(both("phash"), textured)
+    sensors, _ = pd.factorize(both("sensor"))
+    addresses = [
+        [table[name].array for name in ("shard", "offset", "size")] for table in (known, new)
+    ]
 
     alike = [np.empty((0, 2), np.int64)]
     # One place seen twice has one footprint; what looks like it to another sensor proves nothing.
@@ -430,7 +431,9 @@ def assign(
 
         def look(i: int, rows: Index = rows) -> bytes:
             i = int(rows[i])
-            return fetch(str(shards[i]), int(offsets[i]), int(sizes[i]))
+            shard, offset, size = addresses[i >= first]
+            i -= first * (i >= first)
+            return fetch(str(shard[i]), int(offset[i]), int(size[i]))
 
         alike.append(rows[_look_alikes(hashes[rows], near_bits, fresh[rows], group[rows], look)])
     group, counts["near_duplicates"] = _join(group, np.concatenate(alike))
@@ -582,13 +585,20 @@ def _look_alikes(
     values, classes = np.unique(hashes, return_inverse=True)
     fresh = np.zeros(len(values), np.bool_)
     fresh[classes[new]] = True
-    members = np.argsort(classes, kind="stable")
-    sizes = np.bincount(classes, minlength=len(values))
-    starts = np.cumsum(sizes) - sizes
-    alone = np.flatnonzero(fresh & (sizes > 1))
+    alone = np.flatnonzero(fresh & (np.bincount(classes, minlength=len(values)) > 1))
     near = np.sort(_near(values, bits, fresh, list(range(64))), axis=1)
     pairs = np.concatenate([np.stack([alone, alone], axis=1), near])
-    cluster = _join(np.arange(len(values)), near)[0][pairs[:, 0]]
+    # Of millions of hashes few are near another.
+    there, renumbered = np.unique(pairs, return_inverse=True)
+    pairs = renumbered.reshape(-1, 2)
+    number = np.full(len(values), -1)
+    number[there] = np.arange(len(there))
+    members = np.flatnonzero(number[classes] >= 0)
+    classes = number[classes[members]]
+    members = members[np.argsort(classes, kind="stable")]
+    sizes = np.bincount(classes, minlength=len(there))
+    starts = np.cumsum(sizes) - sizes
+    cluster = _join(np.arange(len(there)), pairs)[0][pairs[:, 0]]
     # Identical ones first: that leaves the fewest apart.
     order = np.lexsort((pairs[:, 1], pairs[:, 0], pairs[:, 0] != pairs[:, 1], cluster))
     pairs, cluster = pairs[order], cluster[order]
@@ -674,7 +684,7 @@ def _inherit(
     touched = np.zeros(count, np.bool_)
     touched[ours] = True
     elders = np.flatnonzero(touched[groups])
-    rank = pd.Categorical(known["split"].iloc[elders], categories=STRONGEST).codes
+    rank = _ranks(known["split"].iloc[elders])
     has = np.zeros((count, len(STRONGEST)), np.bool_)
     has[groups[elders], rank] = True
 
@@ -714,9 +724,8 @@ def _split(
     names = ("p" + lowest["key"]).to_numpy(np.object_)
 
     # Where one sensor's tiles have labels, the others' beside them are not to outvote them.
-    labels = pd.concat([_labels(new), _labels(known)], ignore_index=True)
-    codes, words = pd.factorize(labels, sort=True)
-    votes = pd.DataFrame({"place": place, "label": codes[: len(new)]})
+    labels, words = pd.factorize(_labels(new["label"]), sort=True)
+    votes = pd.DataFrame({"place": place, "label": labels})
     votes = votes.groupby(["place", "label"], sort=False).size().rename("votes").reset_index()
     nameless = np.array([word == "" for word in words], np.bool_)
     votes["nameless"] = nameless[votes["label"]]
@@ -724,11 +733,12 @@ def _split(
     votes = votes.sort_values(["place", "nameless", "votes", "label"])
     label = votes.drop_duplicates("place")["label"].to_numpy()
 
-    order_of = pd.Categorical(known["split"], categories=STRONGEST).codes
-    taught = (order_of >= 0) & (order_of < 3)
-    have = np.zeros((len(words), 3), np.int64)
-    np.add.at(have, (codes[len(new) :][taught], order_of[taught]), 1)
-    counts: list[list[int]] = have.tolist()
+    codes, known_words = pd.factorize(known["label"])
+    have = np.bincount(4 * (codes + 1) + _ranks(known["split"]), minlength=4 * len(known_words) + 4)
+    counts = {word: [0, 0, 0] for word in words}
+    for word, of_word in zip(["", *known_words], have.reshape(-1, 4).tolist(), strict=True):
+        if word in counts:
+            counts[word] = [a + b for a, b in zip(counts[word], of_word[:3], strict=True)]
     digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
     words_of = np.frombuffer(digests, ">u8").reshape(-1, 4)
     order = np.lexsort((*words_of.T[::-1], -sizes))
@@ -737,7 +747,7 @@ def _split(
     wanted.append(1 - sum(wanted))
     chosen = np.empty(len(names), np.int64)
     for i, size, of in zip(
-        order.tolist(), sizes[order].tolist(), label[order].tolist(), strict=True
+        order.tolist(), sizes[order].tolist(), words[label[order]].tolist(), strict=True
     ):
         count = counts[of]
         total = sum(count) + size
@@ -748,6 +758,15 @@ def _split(
     return names[place], np.array(STRONGEST, np.object_)[chosen][place]
 
 
-def _labels(tiles: "pandas.DataFrame") -> "pandas.Series[Any]":
+def _ranks(splits: "pandas.Series[Any]") -> Index:
+    """Of each split its place in STRONGEST."""
+    import pandas as pd
+
+    codes, words = pd.factorize(splits)
+    ranks: Index = np.array([STRONGEST.index(word) for word in words], np.int64)[codes]
+    return ranks
+
+
+def _labels(column: "pandas.Series[Any]") -> "pandas.Series[Any]":
     """Labels, "" where there is none."""
-    return tiles["label"].astype("str").where(tiles["label"].notna(), "")
+    return column.astype("str").where(column.notna(), "")
