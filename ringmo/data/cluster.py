@@ -84,8 +84,14 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
     import distributed
 
     count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
-    quiet = {"distributed.worker.daemon": True, "distributed.admin.tick.limit": "1h"}
-    with dask.config.set(quiet):
+    # A process a core, each with one thread: those of BLAS would only be in each other's way.
+    settings = {
+        "distributed.admin.tick.limit": "1h",
+        "distributed.nanny.pre-spawn-environ": {
+            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        },
+    }
+    with dask.config.set(settings):
         if address is None:
             with (
                 _main_hidden(),

@@ -168,7 +168,11 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     from rasterio.enums import MaskFlags
 
     bands = colour_bands(scene)
-    raw: Pixels = np.ascontiguousarray(scene.read(bands, window=window).transpose(1, 2, 0))
+    (top, bottom), (left, right) = window or ((0, scene.height), (0, scene.width))
+    # numpy has no complex integers. GDAL writes the bands where they belong: no second copy.
+    dtype = "complex64" if scene.dtypes[0] == "complex_int16" else scene.dtypes[0]
+    raw: Pixels = np.empty((bottom - top, right - left, len(bands)), dtype)
+    scene.read(bands, window=window, out=raw.transpose(2, 0, 1))
     if raw.dtype == np.uint8:
         if bands == [1, 1, 1]:
             colours = np.zeros((256, 3), np.uint8)

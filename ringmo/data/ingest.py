@@ -149,7 +149,8 @@ def _ingest(config: Config, workspace: Workspace) -> Report:
         writer.abort()
         raise
     finally:
-        shutil.rmtree(workspace.state / "spool", ignore_errors=True)
+        for name in ("spool", "fetched"):
+            shutil.rmtree(workspace.state / name, ignore_errors=True)
     cache.write(gathered.scanned, unchanged=not gathered.read)
     clock("remember")
     unchanged = _write(config, root, old, gathered, writer)

@@ -33,6 +33,7 @@ GDAL = {
     "GDAL_PAM_ENABLED": "NO",
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # with it a truncated PNG is noise, and no error
     "GDAL_CACHEMAX": 64_000_000,  # bytes: rasterio does not read small numbers as megabytes
     "CPL_LOG": os.devnull,
 }
