@@ -142,7 +142,7 @@ def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:
     def link(page: str) -> str:
         if url is None:
             return f"`{work / 'docs' / page}`"
-        return f"[{page}]({url}/artifacts/docs/{page})"
+        return f"[{page.split('/')[-1]}]({url}/artifacts/docs/{page})"
 
     create_markdown_artifact(
         key="validation",

@@ -210,14 +210,15 @@ def markdown(verdict: Mapping[str, Any], link: Callable[[str], str]) -> str:
     lines = [
         f"{_headline(verdict, '**FAILED**')}. Data Docs: {link(INDEX)}",
         "",
-        "| suite | rule | | rows | first | pictures |",
-        "|---|---|---|---:|---|---|",
+        # What matters most comes first: Prefect's pages cut a wide table off at the right.
+        "| | suite | rule | rows | pictures | says | first |",
+        "|---|---|---|---:|---|---|---|",
     ]
     for v in sorted(verdict["rules"], key=lambda v: ["FAILED", "warning", "ok"].index(standing(v))):
         word = standing(v)
         lines.append(
-            f"| {v['suite']} | {v['rule']}: {cell(v['says'])} "
-            f"| {f'**{word}**' if word == 'FAILED' else word} | {v['failed_rows'] or ''} "
-            f"| {cell(', '.join(v['first'][:3]))} | {link(v['page']) if v['page'] else ''} |"
+            f"| {f'**{word}**' if word == 'FAILED' else word} | {v['suite']} | {v['rule']} "
+            f"| {v['failed_rows'] or ''} | {link(v['page']) if v['page'] else ''} "
+            f"| {cell(v['says'])} | {cell(', '.join(v['first'][:3]))} |"
         )
     return "\n".join(lines)

@@ -633,3 +633,27 @@ def test_a_store_of_the_first_schema_is_judged(run, workspace, manifest, tmp_pat
     config = Config.load(workspace.params_file)
     report = run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
     assert (report.figures["tiles"], report.figures["broken"]) == (36, 0)
+
+
+def test_the_verdict_in_markdown_puts_what_failed_first_and_links_its_pictures():
+    from ringmo.data import data_docs
+
+    def rule(name: str, ok: bool, soft: bool) -> dict[str, Any]:
+        page = None if ok else f"rules/{name}.html"
+        rows = {"failed_rows": 0 if ok else 2, "first": [] if ok else ["a|b", "c"]}
+        return {
+            "rule": name,
+            "suite": "s",
+            "says": name,
+            "ok": ok,
+            "soft": soft,
+            "page": page,
+        } | rows
+
+    rules = [rule("fine", True, False), rule("odd", False, True), rule("bad", False, False)]
+    text = data_docs.markdown({"rules": rules, "tiles": 1234}, lambda page: f"[x](http://m/{page})")
+    head, _, *table = text.splitlines()
+    assert head.startswith("**FAILED**: 1 of 3 rules broken, 1 warning, 1,234 tiles.")
+    assert [line.split(" | ")[2] for line in table[2:]] == ["bad", "odd", "fine"]
+    assert "| 2 | [x](http://m/rules/bad.html) |" in table[2]
+    assert "a\\|b, c" in table[2]
