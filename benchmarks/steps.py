@@ -25,8 +25,8 @@ from ringmo.config import Config
 from ringmo.data import loading
 from ringmo.models.backbone import fuse_attention
 from ringmo.models.masking import pimask
+from ringmo.models.normal import Normal
 from ringmo.models.pretraining import pretraining_model
-from ringmo.registry import bundle
 from ringmo.training import engine
 from ringmo.training.augmentation import crops, cut
 
@@ -177,7 +177,7 @@ def _our_batches(
         def prepare(tiles: Tensor) -> Tensor:
             where = crops(len(tiles), settings.crop_scale, random)
             images = cut(tiles.to(device, non_blocking=True), where.to(device), size)
-            return bundle.normalise(images, sensor.mean, sensor.std)
+            return Normal(sensor, images.device)(images)
 
     dice = np.random.default_rng(settings.seed)
 
@@ -239,7 +239,7 @@ def held_out(
     total = 0.0
     model.eval()
     for batch in tiles.batches(np.arange(len(tiles)), VAL, size):
-        images = bundle.normalise(batch.images.to(device), sensor.mean, sensor.std)
+        images = Normal(sensor, device)(batch.images.to(device))
         seed = settings.seed + int(batch.rows[0])
         mask = pimask(
             len(images),

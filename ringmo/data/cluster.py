@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ringmo.errors import BadInput, RingmoError, Unreachable
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 ANSWER_S = 20  # for which a cluster's scheduler is waited for
 
 
@@ -87,9 +88,7 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
     # A process a core, each with one thread: those of BLAS would only be in each other's way.
     settings = {
         "distributed.admin.tick.limit": "1h",
-        "distributed.nanny.pre-spawn-environ": {
-            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        },
+        "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1"),
     }
     with dask.config.set(settings):
         if address is None:

@@ -159,6 +159,7 @@ class SelectedTiles:
         self._place = list(
             zip(known["shard"], known["offset"].astype(int), known["size"].astype(int), strict=True)
         )
+        self._dtypes = [str(dtype) for dtype in known["dtype"]]
         self._cache: dict[tuple[int, int], Tensor] = {}  # (size, row) → (size, size, C)
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -181,7 +182,7 @@ class SelectedTiles:
             BadInput: unreadable, naming the tile.
         """
         try:
-            return decode(self.store.read(*self._place[row]), self.table["dtype"].iloc[row])
+            return decode(self.store.read(*self._place[row]), self._dtypes[row])
         except BadInput as error:
             raise BadInput(f"tile {self.table['key'].iloc[row]}: {error}") from None
 

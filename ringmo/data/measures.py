@@ -216,7 +216,7 @@ def grey(pixels: Pixels) -> Pixels:
 
         return np.asarray(Image.fromarray(pixels).convert("L"))
     small = pixels.dtype == np.uint8
-    total = pixels[..., 0].astype(np.uint32 if small else np.float32)
+    total: NDArray[Any] = pixels[..., 0].astype(np.uint32 if small else np.float32)
     for band in range(1, pixels.shape[2]):
         total += pixels[..., band]
     if small:

@@ -151,7 +151,7 @@ def _contact_sheet(config: Config, tiles: store.TileStore, manifest: "pandas.Dat
     groups = list(manifest.groupby(["sensor", labels]))
     for (sensor, label), group in groups[:ROWS]:
         rows = group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN).astype(int))]
-        images = "".join(_image(config, tiles, row) for _, row in rows.iterrows())
+        images = "".join(tile_image(config, tiles, row) for _, row in rows.iterrows())
         parts.append(
             f"<b>{escape(str(label))}</b> <span class='note'>{escape(str(sensor))}, "
             f"{len(group):,} tiles</span><div class='sheet'>{images}</div>"
@@ -161,7 +161,7 @@ def _contact_sheet(config: Config, tiles: store.TileStore, manifest: "pandas.Dat
     return "".join(parts)
 
 
-def _image(config: Config, tiles: store.TileStore, row: "pandas.Series[Any]") -> str:
+def tile_image(config: Config, tiles: store.TileStore, row: "pandas.Series[Any]") -> str:
     """One tile as an inline JPEG; what it is shows when the pointer rests on it."""
     from PIL import Image
 
@@ -275,7 +275,7 @@ def _step(extent: float) -> float:
 def _histograms(manifest: "pandas.DataFrame") -> str:
     parts = [
         "<h2>Measures</h2><p class='note'>In 8-bit steps; pixels of more than 8 bits are scaled, "
-        "the sensor's mean ± 3 deviations to 0 to 255.</p>"
+        "the sensor's mean ± 3 deviations (where these are null, its clip) to 0 to 255.</p>"
     ]
     for sensor, group in manifest.groupby("sensor"):
         parts.append(f"<p><b>{escape(str(sensor))}</b></p>")

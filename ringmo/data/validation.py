@@ -471,7 +471,7 @@ def _pictures(
     caption = f"{one['source']} at {one['row']}, {one['col']} ({one['split']})"
     pictures = []
     try:
-        pictures.append(data_docs.Picture(page._image(config, stored, one), caption))
+        pictures.append(data_docs.Picture(page.tile_image(config, stored, one), caption))
         if mask and one["mask_size"] > 0:
             pixels = decode(stored.read(*_bytes_of(tiles, row, "mask_")))
             pictures.append(data_docs.Picture(data_docs.mask_picture(pixels), "its mask"))

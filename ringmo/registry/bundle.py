@@ -197,14 +197,6 @@ def middle(images: Tensor, size: int) -> Tensor:
     return images[:, :, edge : edge + size, edge : edge + size]
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (B, C, H, W) of any type to float32 of mean 0 and deviation 1 a band."""
-    shape = (1, len(mean), 1, 1)
-    return (images.float() - images.new_tensor(mean, dtype=torch.float32).view(shape)) / (
-        images.new_tensor(std, dtype=torch.float32).view(shape)
-    )
-
-
 def write(
     folder: Path, model: nn.Module, meta: dict[str, Any], example: Pixels | None = None
 ) -> None:

@@ -861,13 +861,13 @@ def _data_version(workspace: Workspace) -> str | None:
 
 def _made_up(workspace: Workspace) -> bool:
     """Whether the tile store holds generated imagery."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, compute, parquet
 
     try:
         column = parquet.read_table(workspace.store / "manifest.parquet", columns=[GENERATED])
     except (OSError, ArrowException):
         return False
-    return True in column[GENERATED].to_pylist()
+    return bool(compute.any(column[GENERATED]).as_py())
 
 
 def _from_generated(report: Report, out: Path) -> bool:

@@ -472,3 +472,102 @@ def test_real_complex_radar_is_stored_as_it_came_and_measured_in_decibels(
         with MemoryFile(stored(workspace, tile)) as memory, memory.open() as one:
             assert one.dtypes == ("complex64",)
             assert (one.read(1) == part).all()
+
+
+def test_sentinel_2_of_uint16_and_of_int16_are_one_sensor_and_train_together(
+    run, workspace, manifest, tmp_path
+):
+    """Whole and cut, stored as they came, read as int16; what does not fit is set aside."""
+    from ringmo.data.loading import SelectedTiles
+
+    folder = tmp_path / "in"
+    for i in range(6):
+        values = sensed("s2l2a", 10 * i)
+        values[:6] = 0
+        write_bands(folder / f"{i}.tif", values.astype(("int16", "uint16")[i % 2]), nodata=0)
+    large = sensed("s2l2a", 7, 150, 140).astype(np.uint16)
+    large[0, 0] = 40_000
+    write_bands(folder / "large.tif", large, 90_000)
+    write_bands(folder / "beyond.tif", sensed("s2l2a", 99).astype(np.uint16) * 9, 95_000)
+    run(folder, ingest__tile_size=64, ingest__max_bad_share=0.5)
+    assert list(reasons(workspace)) == ["beyond.tif"]
+    assert "of its values of uint16 are over 32767" in reasons(workspace)["beyond.tif"]
+    tiles = manifest().sort_values("key")
+    assert len(tiles) == 15 and set(tiles["dtype"]) == {"int16"}
+    with rasterio.open(folder / "1.tif") as scene:
+        assert scene.dtypes[0] == "uint16"
+    (one,) = [tile for tile in tiles.itertuples() if tile.source == "1.tif"]
+    assert stored(workspace, one) == (folder / "1.tif").read_bytes()
+    (corner,) = [t for t in tiles.itertuples() if (t.source, t.row, t.col) == ("large.tif", 0, 0)]
+    assert decode(stored(workspace, corner)).dtype == np.uint16
+    selection = tmp_path / "all.parquet"
+    tiles[["key", "content_hash", "split", "label"]].to_parquet(selection)
+    every = SelectedTiles(workspace, selection)
+    (batch,) = every.batches(np.arange(15), 16, 64)
+    assert str(batch.images.dtype) == "torch.int16"
+    assert every.image(list(tiles["key"]).index(corner.key))[0, 0].tolist() == [32_767] * 12
+
+
+def test_a_source_says_its_sensor_where_its_files_do_not(run, workspace, manifest, tmp_path):
+    from ringmo import config as params
+
+    sensor = {"dtype": "uint16", "clip": [0, 9000], "mean": None, "std": None}
+    bands = {"planet": ["blue", "green", "red"], "worldview": ["red", "green", "blue"]}
+    changes = {f"sensors.{name}": sensor | {"bands": own} for name, own in bands.items()}
+    params.edit(workspace.params_file, changes)
+    folder = tmp_path / "in"
+    path = write_bands(folder / "named.tif", sensed("rgb", 1).astype(np.uint16) * 30)
+    with rasterio.open(path, "r+") as scene:
+        scene.descriptions = ("Red", "Green", "Blue")
+    write_bands(folder / "silent.tif", sensed("rgb", 2).astype(np.uint16) * 30, 9000)
+    run(folder, ingest__max_bad_share=0.5)
+    assert dict(zip(manifest()["source"], manifest()["sensor"], strict=True)) == {
+        "named.tif": "worldview"
+    }
+    assert "fit sensors planet and worldview: say which" in reasons(workspace)["silent.tif"]
+    run(folder, ingest__about={str(folder): {"sensor": "planet"}})
+    assert set(manifest()["sensor"]) == {"planet"} and len(manifest()) == 2
+    run(folder, ingest__about={str(folder): {"sensor": "worldview"}})
+    assert set(manifest()["sensor"]) == {"worldview"}
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_scenes_are_cut_without_loss_and_one_bad_band_is_a_bad_pixel(
+    dtype, run, workspace, manifest, tmp_path
+):
+    from ringmo import config as params
+
+    random = np.random.default_rng(1)
+    values = random.normal(0, 50, (150, 140, 2, 2)) @ np.array([1, 1j])
+    values[:16, :, 1] = np.nan
+    write_bands(tmp_path / "in" / "a.tif", values.astype(dtype))
+    sar = {"bands": ["HH", "HV"], "dtype": "complex64", "decibels": True, "clip": [0, 60]}
+    params.edit(workspace.params_file, {"sensors.sar": sar | {"mean": None, "std": None}})
+    run(tmp_path / "in", ingest__tile_size=64)
+    tiles = manifest()
+    assert len(tiles) == 9
+    for tile in tiles.itertuples():
+        part = values.astype(dtype)[tile.row : tile.row + 64, tile.col : tile.col + 64]
+        with MemoryFile(stored(workspace, tile)) as memory, memory.open() as one:
+            assert one.dtypes[0] == dtype
+            assert np.array_equal(one.read().transpose(1, 2, 0), part, equal_nan=True)
+        assert tile.nodata_share == (0.25 if tile.row == 0 else 0)
+        assert np.isfinite(decode(stored(workspace, tile))).all()
+
+
+def test_complex_int16_is_read_whole(run, workspace, manifest, tmp_path):
+    from ringmo import config as params
+
+    sar = {"bands": ["HH"], "dtype": "complex64", "decibels": True, "clip": [0, 60]}
+    params.edit(workspace.params_file, {"sensors.sar": sar | {"mean": None, "std": None}})
+    path = tmp_path / "in" / "a.tif"
+    path.parent.mkdir()
+    values = np.random.default_rng(1).normal(0, 50, (48, 48, 2)).round() @ np.array([1, 1j])
+    with rasterio.open(
+        path, "w", driver="GTiff", width=48, height=48, count=1, dtype="complex_int16"
+    ) as target:
+        target.write(values.astype(np.complex64), 1)
+    run(path.parent)
+    (tile,) = manifest().itertuples()
+    assert stored(workspace, tile) == path.read_bytes()
+    assert np.allclose(decode(stored(workspace, tile))[..., 0], np.abs(values) ** 2, rtol=1e-6)
