@@ -37,8 +37,8 @@ ROUNDING = 1e-4
 TOUCHING = 0.005
 
 # Hashes that agree in the same bits are compared each with each up to this number, more are sorted
-# by further bits. So many distinct ones differ in 8 bits or less, which ends the sorting.
-CROWD = 256
+# by further bits. So many distinct ones differ in 12 bits or more, which ends the sorting.
+CROWD = 4096
 THUMBNAILS = 250_000  # kept at a time: 1 GB
 PORTION = 100_000  # pairs of hashes at a time
 BLOCK, COLUMNS = 256, 4096  # thumbnails compared each with each at a time
@@ -285,7 +285,7 @@ def _project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _within_reach(native: Boxes, codes: Index, names: Sequence[str], new: Flags) -> Flags:
     """The new, and known footprints that may meet one of them: all that do and some others.
 
-    Transforming a million footprints to find the few beside the newcomers takes seconds. In a
+    To transform a million footprints for the few beside the newcomers takes seconds. In a
     small cell a reference system is nearly straight: nine points of each cell tell where its
     tiles lie, and how far from there at most. Where they do not (a pole, the 180th meridian,
     beyond a horizon), tiles count as within reach.

@@ -150,8 +150,9 @@ def test_near_hashes_are_all_found():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-def test_crowded_hashes_are_compared_no_less(bits):
+def test_crowded_hashes_are_compared_no_less(bits, monkeypatch):
     """Thousands of hashes that differ in a few of their bits only, as of smooth shading."""
+    monkeypatch.setattr(places, "CROWD", 256)
     rng = np.random.default_rng(bits)
     hashes = rng.integers(0, 2**22, 3000, dtype=np.uint64) << np.uint64(20)
     new = rng.random(3000) < 0.3
