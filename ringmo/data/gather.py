@@ -135,6 +135,7 @@ class Gatherer:
         """What tells a reader that an image has only moved: first bits of the hashes of files
         whose tiles are here, sorted; None where there are none."""
         usable, _, _ = self._seen(np.arange(len(self.cache.table)))
+        usable &= self.cache.bare
         if not usable.any():
             return None
         return np.sort(scan.first_bits(_column(self.cache.table, "hash"))[usable])

@@ -195,7 +195,8 @@ def _read(
     settings: Settings, image: Image, known: NDArray[np.uint64] | None, found: Found
 ) -> tuple[scenes.Tile | None, Row | None, list[Member]]:
     found.hash = scenes.file_hash(image.file)
-    if known is not None and not image.attachments and _among(found.hash, known):
+    bare = not image.attachments and image.sensor is None
+    if bare and known is not None and _among(found.hash, known):
         found.known = True
         return None, None, []
     look = scenes.look(image.file, settings.ingest, settings.sensors, image.sensor)

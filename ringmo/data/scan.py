@@ -67,16 +67,18 @@ class Scan:
         return rows
 
     @cached_property
-    def hashes(self) -> NDArray[np.uint64]:
-        """First 64 bits of every file's hash, sorted: what a reader asks whether it is known."""
-        return np.sort(first_bits(self.table["hash"]))
+    def bare(self) -> NDArray[np.bool_]:
+        """Rows of images without labels of their own, of which ingest.about says no sensor."""
+        return np.asarray(self.table["attached"].to_numpy() == 0)
 
     @cached_property
     def _by_hash(self) -> dict[str, int]:
-        return dict(zip(self.table["hash"].to_pylist(), range(len(self.table)), strict=True))
+        rows = np.flatnonzero(self.bare)
+        hashes = self.table["hash"].take(rows).to_pylist()
+        return dict(zip(hashes, rows.tolist(), strict=True))
 
     def by_hash(self, content: str) -> int | None:
-        """A row of a file with these bytes."""
+        """A row of a file with these bytes, of which the bytes alone decide what it becomes."""
         return self._by_hash.get(content)
 
     def write(self, now: "pyarrow.Table", unchanged: bool) -> None:
