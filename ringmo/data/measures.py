@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from ringmo.config import Sensor
 from ringmo.data.decode import Pixels
 from ringmo.data.values import input_values
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CLOUD_BLOCK = 8  # pixels
 CLOUD_8_BIT = 190  # of 255: brighter than fields and roads, in pictures as they are published
@@ -50,6 +53,8 @@ def measure(
         valid: (H, W), False where there is no data; None where every pixel counts.
         sensor: whose pixels they are; uint8 needs none.
     """
+    from PIL import Image
+
     plain = sensor is None or sensor.plain
     small = pixels.dtype == np.uint8
     bands = pixels.shape[2]
@@ -67,12 +72,11 @@ def measure(
         pixels = _eight_bit(values, sensor)
     elif bands != 3 and plain:
         pixels = values
-    at_end = (pixels - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both ends
-    at_all_ends = at_end[..., 0]
-    for band in range(1, bands):
-        at_all_ends = at_all_ends & at_end[..., band]
-    saturated = (at_all_ends if valid is None else at_all_ends[valid]).mean()
-    counts = _histograms(pixels, valid)
+    # Pillow's picture of it, made once: to make it costs as much as most of what it is asked.
+    colour = Image.fromarray(pixels) if bands == 3 else None
+    mask = None if valid is None else Image.fromarray(valid.astype(np.uint8) * 255)
+    counts = _histograms(pixels, colour, mask)
+    saturated = _saturated(pixels, valid, counts)
     levels = np.arange(256)
     size = counts.sum() / bands
     means = counts @ levels / size
@@ -91,8 +95,9 @@ def measure(
             np.square(known, out=known)
             band_stds[band] = math.sqrt(known.mean())
 
-    shade, seen = grey(pixels), pixels if small else values
-    histogram = _histograms(shade[..., None], valid)[0]
+    picture = Image.fromarray(grey(pixels)) if colour is None else colour.convert("L")
+    shade, seen = np.asarray(picture), pixels if small else values
+    histogram = np.array(picture.histogram(mask))
     shares = histogram[histogram > 0] / histogram.sum()
     return Measures(
         nodata_share=0.0 if valid is None else round(1 - float(valid.mean()), 6),
@@ -102,8 +107,8 @@ def measure(
         entropy=round(float(abs(shares @ np.log2(shares))), 4),
         sharpness=round(_laplacian_variance(shade), 4),
         # 8 bits of a sensor's whole range leave few for one scene.
-        phash=perceptual_hash(shade if small else grey(values)),
-        cloud_share=math.nan if sensor is None else cloud_share(seen, valid, sensor),
+        phash=perceptual_hash(picture if small else grey(values)),
+        cloud_share=math.nan if sensor is None else cloud_share(seen, valid, sensor, colour),
         band_means=[_rounded(float(value), plain) for value in band_means],
         band_stds=[_rounded(float(value), plain) for value in band_stds],
     )
@@ -116,10 +121,6 @@ def _rounded(value: float, plain: bool) -> float:
 
 def _block_means(pixels: Pixels | NDArray[np.bool_]) -> NDArray[np.float32]:
     height, width, bands = pixels.shape
-    if pixels.dtype == np.uint8 and bands == 3:
-        from PIL import Image
-
-        return np.asarray(Image.fromarray(pixels).reduce(CLOUD_BLOCK), np.float32)
     shape = height // CLOUD_BLOCK, CLOUD_BLOCK, width // CLOUD_BLOCK, CLOUD_BLOCK
     means = [
         np.ascontiguousarray(pixels[..., band]).reshape(shape).mean(axis=(1, 3), dtype=np.float32)
@@ -128,20 +129,45 @@ def _block_means(pixels: Pixels | NDArray[np.bool_]) -> NDArray[np.float32]:
     return np.stack(means, axis=2)
 
 
-def _histograms(pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    """Counts of the 256 values in each band of (H, W, C), where valid: (C, 256)."""
+def _histograms(
+    pixels: NDArray[np.uint8], colour: "Image | None", mask: "Image | None"
+) -> NDArray[np.int64]:
+    """Counts of the 256 values in each band of (H, W, C), where the mask is not 0: (C, 256)."""
     from PIL import Image
 
-    mask = None if valid is None else Image.fromarray(valid.astype(np.uint8) * 255)
     images = (
-        [Image.fromarray(pixels)]
-        if pixels.shape[2] == 3
-        else [Image.fromarray(pixels[..., band]) for band in range(pixels.shape[2])]
+        [colour]
+        if colour
+        else map(Image.fromarray, np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     )
     return np.array([image.histogram(mask) for image in images]).reshape(-1, 256)
 
 
-def cloud_share(values: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor) -> float:
+def _saturated(
+    pixels: NDArray[np.uint8], valid: NDArray[np.bool_] | None, counts: NDArray[np.int64]
+) -> float:
+    """Share of the pixels that are 0 or 255 in every band, where valid."""
+    ends = counts[:, 0] + counts[:, 255]
+    fewest = int(ends.argmin())
+    if not ends[fewest]:
+        return 0.0
+
+    def at_end(values: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        return (values - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both
+
+    found = at_end(pixels[..., fewest])
+    if valid is not None:
+        found &= valid
+    # Few pixels are: only these are looked at in the other bands.
+    return float(at_end(pixels[found]).all(axis=1).sum() / counts[0].sum())
+
+
+def cloud_share(
+    values: Pixels,
+    valid: NDArray[np.bool_] | None,
+    sensor: Sensor,
+    colour: "Image | None" = None,
+) -> float:
     """Share of a tile that is broad, bright and white as clouds are: an estimate, 0 to 1.
 
     Of blocks of CLOUD_BLOCK pixels, so that a bright roof is none; snow, salt and large roofs of
@@ -157,10 +183,13 @@ def cloud_share(values: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor)
     height, width = (side // CLOUD_BLOCK * CLOUD_BLOCK for side in values.shape[:2])
     if not height or not width:
         return math.nan
-    seen = values[:height, :width]
-    if sensor.visible != [0, 1, 2] or values.shape[2] != 3:
-        seen = seen[..., sensor.visible]
-    colour = _block_means(seen)
+    three = sensor.visible == [0, 1, 2] and values.shape[2] == 3
+    if three and values.dtype == np.uint8:
+        picture = colour or _picture(values)
+        reduced = picture.reduce(CLOUD_BLOCK, (0, 0, width, height))
+        blocks = np.asarray(reduced, np.float32)
+    else:
+        blocks = _block_means(values[:height, :width, sensor.visible])
     floor: NDArray[Any] | float
     if values.dtype == np.uint8:
         floor = CLOUD_8_BIT
@@ -170,9 +199,9 @@ def cloud_share(values: Pixels, valid: NDArray[np.bool_] | None, sensor: Sensor)
     else:  # as far up the range as half a deviation above the mean
         low, high = _clip(sensor)
         floor = low + (high - low) * 3.5 / 6
-    darkest, brightest = colour.min(axis=2), colour.max(axis=2)
+    darkest, brightest = blocks.min(axis=2), blocks.max(axis=2)
     white = brightest - darkest < CLOUD_COLOUR * brightest
-    cloud = (colour > floor).all(axis=2) & white
+    cloud = (blocks > floor).all(axis=2) & white
     if valid is None:
         return round(float(cloud.mean()), 6)
     whole = _block_means(valid[:height, :width, None])[..., 0] == 1
@@ -225,16 +254,22 @@ def grey(pixels: Pixels) -> Pixels:
     return np.asarray(total)
 
 
-def thumbnail(shade: Pixels) -> NDArray[np.float32]:
+def thumbnail(shade: "Pixels | Image") -> NDArray[np.float32]:
     """The whole tile as THUMBNAIL x THUMBNAIL grey values, each the mean of its area."""
     from PIL import Image
 
     size = (THUMBNAIL, THUMBNAIL)
-    small = Image.fromarray(shade).resize(size, Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32)
+    picture = _picture(shade) if isinstance(shade, np.ndarray) else shade
+    return np.asarray(picture.resize(size, Image.Resampling.BOX), dtype=np.float32)
 
 
-def perceptual_hash(shade: Pixels) -> str:
+def _picture(pixels: Pixels) -> "Image":
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def perceptual_hash(shade: "Pixels | Image") -> str:
     """64 bits as 16 hex digits: signs of the 8x8 lowest frequencies about their median.
 
     Compression and rescaling flip a few bits, another scene about half of them.
@@ -257,5 +292,10 @@ def _laplacian_variance(shade: NDArray[np.uint8]) -> float:
     if min(shade.shape) < 3:
         return 0.0
     s = shade.astype(np.int16)
-    inner = s[:-2, 1:-1] + s[2:, 1:-1] + s[1:-1, :-2] + s[1:-1, 2:] - 4 * s[1:-1, 1:-1]
-    return float(inner.astype(np.float32).var(dtype=np.float64))
+    inner = s[:-2, 1:-1] + s[2:, 1:-1]
+    inner += s[1:-1, :-2]
+    inner += s[1:-1, 2:]
+    inner -= 4 * s[1:-1, 1:-1]
+    values = inner.astype(np.float64).ravel()
+    # Sums of squares of whole numbers are exact here.
+    return float(values @ values / values.size - values.mean() ** 2)
