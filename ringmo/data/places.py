@@ -692,7 +692,7 @@ def _inherit(
     strongest: Index = np.asarray(has.argmax(axis=1))
     best = elders[rank == strongest[groups[elders]]]
     pairs = pd.DataFrame({"group": groups[best], "place": place[best]}).drop_duplicates()
-    pairs["name"] = np.asarray(places, np.object_)[pairs["place"]]
+    pairs["name"] = np.asarray(places.take(pairs["place"].to_numpy()), np.object_)
     names = pairs.sort_values("name").drop_duplicates("group").set_index("group")["name"]
     heirs = np.flatnonzero(np.asarray(has.any(axis=1))[ours])
     name[heirs] = names.reindex(ours[heirs]).to_numpy(np.object_)
