@@ -11,7 +11,7 @@ from ringmo import console
 
 CORES = 2
 SIDE = 400  # pixels of an image
-IMAGES = 4000
+IMAGES = 10_200  # as many as growth needs: they are prepared once
 COSTED = 500  # images of which each measure is timed
 SCENE_SIDE, SENTINEL_SIDE = 16_000, 6000  # 0.8 and 0.9 GB of pixels
 KNOWN, SEED = 1_000_000, 200  # tiles of a store that grows by a hundredth; real ones among them
