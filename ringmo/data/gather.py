@@ -74,13 +74,12 @@ class KnownTiles:
         return at
 
     @cached_property
-    def _position(self) -> dict[str, int]:
-        names = self.keys.to_pylist()
-        return dict(zip(names, range(len(names)), strict=True))
+    def _by_key(self) -> scan.Lookup:
+        return scan.Lookup(self.keys)
 
     def position(self, key: str) -> int:
         """Of one key, also of a tile without bytes; -1 where it is unknown."""
-        return self._position.get(key, -1)
+        return self._by_key.find(key)
 
 
 class Gatherer:
@@ -108,9 +107,11 @@ class Gatherer:
         self._twins: dict[int, int] = {}  # image → the one that had its pixels first
         self._moved: list[tuple[int, int]] = []  # image, row of the scan cache that has its bytes
         self._tables: list[pyarrow.Table] = []
+        self._new_files: dict[str, int] = {}  # hash → the first of the read images that has it
+        self._new_tiles: dict[str, tuple[int, str]] = {}  # of a tile's bytes → image and key
         self._dropped: set[int] = set()  # large images whose windows are not wanted
         # Of the scene that is being cut: where to go back to if a part of it is damaged.
-        self._scene: tuple[tuple[int, int], int, list[tuple[str, Any]]] | None = None
+        self._scene: tuple[tuple[int, int], int, list[str]] | None = None
 
     def _seen(
         self, rows: NDArray[np.int64]
@@ -119,7 +120,7 @@ class Gatherer:
         `rows` and in the known tiles."""
         matched = np.flatnonzero(rows >= 0)
         usable = rows >= 0
-        lists = _column(self.cache.table, "keys").take(_index(rows[matched]))
+        lists = _taken(_column(self.cache.table, "keys"), rows[matched])
         owner = np.repeat(matched, lists.value_lengths().to_numpy(zero_copy_only=False))
         at = self.known.find(lists.flatten())
         usable[owner[at < 0]] = False
@@ -141,21 +142,36 @@ class Gatherer:
         return np.sort(scan.first_bits(_column(self.cache.table, "hash"))[usable])
 
     @cached_property
-    def _first_file(self) -> dict[str, int]:
-        """Hash of a file → the first image that has these bytes."""
+    def _known_files(self) -> tuple[NDArray[np.int64], scan.Lookup]:
+        """Images that need no reading, in order, and their hashes."""
         usable = np.flatnonzero(self.usable)
-        table = self.cache.table.take(_index(self.match[usable]))
-        good = _column(table, "reason").is_null().to_numpy(zero_copy_only=False)
-        hashes = np.asarray(_column(table, "hash").to_pylist(), object)[good]
-        return dict(zip(hashes[::-1], usable[good][::-1].tolist(), strict=True))
+        table = self.cache.table.select(["hash", "reason"]).take(_index(self.match[usable]))
+        good = _column(table, "reason").is_null()
+        hashes = _column(table, "hash").filter(good)
+        return usable[good.to_numpy(zero_copy_only=False)], scan.Lookup(hashes)
+
+    def _first_file(self, content: str, number: int) -> int:
+        """The first image that has these bytes, `number` at the latest."""
+        images, lookup = self._known_files
+        at = lookup.find(content)
+        known = number if at < 0 else int(images[at])
+        return min(known, self._new_files.get(content, number), number)
 
     @cached_property
-    def _first_tile(self) -> dict[str, tuple[int, str]]:
-        """Hash of a tile's bytes → the first image that has it, and the tile's key."""
-        at = _index(self._row_known)
-        hashes = _column(self.known.table, "content_hash").take(at).to_pylist()
-        owners = zip(self._row_image.tolist(), self.known.keys.take(at).to_pylist(), strict=True)
-        return dict(zip(reversed(hashes), reversed(list(owners)), strict=True))
+    def _known_contents(self) -> scan.Lookup:
+        hashes = _column(self.known.table, "content_hash")
+        return scan.Lookup(_taken(hashes, self._row_known))
+
+    def _first_tile(self, content: str, number: int) -> tuple[int, str] | None:
+        """The first image up to `number` that has a tile of these bytes, and the tile's key."""
+        found = []
+        if content in self._new_tiles:
+            found.append(self._new_tiles[content])
+        at = self._known_contents.find(content)
+        if at >= 0:
+            key = self.known.keys[int(self._row_known[at])].as_py()
+            found.append((int(self._row_image[at]), key))
+        return min((one for one in found if one[0] <= number), default=None)
 
     def take(self, done: Done) -> None:
         """What one task found; its spool file is used up."""
@@ -185,23 +201,23 @@ class Gatherer:
             if found.known:
                 self._take_moved(number, found)
                 continue
-            twin = self._first_file.get(found.hash)
-            if twin is not None and twin < number:
+            twin = self._first_file(found.hash, number)
+            if twin < number:
                 self._twins[number] = twin
                 self._keys[number] = self._keys_of(twin)
                 self._dropped.add(number)
                 continue
-            self._first_file[found.hash] = number
+            self._new_files[found.hash] = number
             if position in rows:
                 i, row = rows[position]
-                where = self._keep(number, row, spool)
-                if where is None:
-                    # The same pixels can come in two files: a GeoTIFF with other tags.
-                    self._twins[number], key = self._first_tile[row["content_hash"]]
+                # The same pixels can come in two files: a GeoTIFF with other tags.
+                same = self._first_tile(row["content_hash"], number)
+                if same is not None:
+                    self._twins[number], key = same
                     self._keys[number] = [key]
                 else:
                     self._keys[number] = [row["key"]]
-                    kept.append((i, where))
+                    kept.append((i, self._keep(number, row, spool)))
         self._add(done.read.rows, kept)
 
     def _take_moved(self, number: int, found: reading.Found) -> None:
@@ -213,11 +229,11 @@ class Gatherer:
         self._keys[number] = known["keys"]
         if found.reason is not None:
             return
-        twin = self._first_file.get(found.hash)
-        if twin is not None and twin < number:
+        twin = self._first_file(found.hash, number)
+        if twin < number:
             self._twins[number] = twin
             return
-        self._first_file[found.hash] = number
+        self._new_files[found.hash] = number
         self._moved.append((number, row))
 
     def _take_windows(self, done: Done, light: list[dict[str, Any]], spool: int) -> None:
@@ -233,11 +249,8 @@ class Gatherer:
             mark, tables, contents = self._scene
             self.writer.rollback(mark)
             del self._tables[tables:]
-            for content, before in reversed(contents):
-                if before is None:
-                    del self._first_tile[content]
-                else:
-                    self._first_tile[content] = before
+            for content in contents:
+                del self._new_tiles[content]
             found.reason, found.skipped, self._keys[number] = read.reason, 0, []
             self._dropped.add(number)
             self._scene = None
@@ -247,12 +260,11 @@ class Gatherer:
         found.skipped += read.skipped
         kept = []
         for i, row in enumerate(light):
-            where = self._keep(number, row, spool)
-            if where is None:
+            if self._first_tile(row["content_hash"], number) is not None:
                 found.skipped += 1
-            else:
-                kept.append((i, where))
-                self._keys[number].append(row["key"])
+                continue
+            kept.append((i, self._keep(number, row, spool)))
+            self._keys[number].append(row["key"])
         self._add(done.read.rows, kept)
         if done.last:
             self._scene = None
@@ -260,15 +272,12 @@ class Gatherer:
             if not self._keys[number]:
                 found.reason, found.skipped = "no window of it has enough data", 0
 
-    def _keep(self, number: int, row: dict[str, Any], spool: int) -> dict[str, Any] | None:
-        """Write what the store lacks of a tile; where all of it lies, or None for a duplicate."""
+    def _keep(self, number: int, row: dict[str, Any], spool: int) -> dict[str, Any]:
+        """Write what the store lacks of a tile; where all of it lies."""
         content = row["content_hash"]
-        before = self._first_tile.get(content)
-        if before is not None and before[0] <= number:
-            return None
-        self._first_tile[content] = (number, row["key"])
+        self._new_tiles[content] = (number, row["key"])
         if self._scene is not None:
-            self._scene[2].append((content, before))
+            self._scene[2].append(content)
         at = self.known.position(row["key"])
         where: dict[str, Any] = {"image": number, "known": at, "shard": None, "offset": 0}
         if at < 0 or not self.known.stored[at]:
@@ -312,7 +321,7 @@ class Gatherer:
         """All that was taken and all that was known, in the order of the images."""
         import pyarrow as pa
 
-        seen = self.known.table.take(_index(self._row_known))
+        seen = _taken(self.known.table, self._row_known)
         moved_rows = np.array([row for _, row in self._moved], np.int64)
         numbers = np.array([number for number, _ in self._moved], np.int64)
         _, owner, at = self._seen(moved_rows)
@@ -324,7 +333,7 @@ class Gatherer:
         rows = pa.concat_tables([t.cast(new.schema) for t in (seen, moved)] + [new])
         images = np.concatenate([self._row_image, numbers[owner], new_images])
         order = np.argsort(images, kind="stable")
-        rows, images = rows.take(_index(order)).combine_chunks(), images[order]
+        rows, images = _taken(rows, order).combine_chunks(), images[order]
         rows, images, skipped = self._without_duplicates(rows, images)
         rows = self._of_images(rows, images)
         return Gathered(
@@ -394,10 +403,10 @@ class Gatherer:
         import pyarrow.compute as pc
 
         usable = np.flatnonzero(self.usable)
-        table = self.cache.table.take(_index(self.match[usable]))
-        good = _column(table, "reason").is_null().to_numpy(zero_copy_only=False)
-        usable = usable[good]
-        hashes = _column(table, "hash").filter(pa.array(good))
+        table = _taken(self.cache.table.select(["hash", "reason"]), self.match[usable])
+        good = _column(table, "reason").is_null()
+        usable = usable[good.to_numpy(zero_copy_only=False)]
+        hashes = _column(table, "hash").filter(good)
         codes = hashes.dictionary_encode().indices.to_numpy()
         values, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
         if len(values) < len(codes):
@@ -409,7 +418,7 @@ class Gatherer:
             read = pa.array([found.hash for found in self._outcomes.values()], pa.string())
             for i in np.flatnonzero(pc.is_in(hashes, read).to_numpy(zero_copy_only=False)):
                 number = int(usable[i])
-                owner = self._first_file.get(hashes[int(i)].as_py(), number)
+                owner = self._new_files.get(hashes[int(i)].as_py(), number)
                 if owner < number:
                     self._twins[number] = owner
 
@@ -486,7 +495,7 @@ class Gatherer:
             for number, found in self._outcomes.items()
             if not found.hash.startswith(reading.UNREADABLE)
         ]
-        known = self.cache.table.take(_index(self.match[self.usable]))
+        known = _taken(self.cache.table, self.match[self.usable])
         schema = store.arrow_schema(scan.COLUMNS)
         new = pa.Table.from_pylist(rows, schema=schema)
         return pa.concat_tables([known.cast(schema), new])
@@ -514,6 +523,13 @@ def _with(table: "pyarrow.Table", name: str, column: Any) -> "pyarrow.Table":
     if at < 0:
         return table.append_column(name, column)
     return table.set_column(at, table.schema.field(at), column)
+
+
+def _taken(rows: Any, at: NDArray[np.int64]) -> Any:
+    """Rows of a table or column; as they lie where they are all of a stretch, which is usual."""
+    if len(at) and at[-1] - at[0] == len(at) - 1 and (np.diff(at) == 1).all():
+        return rows.slice(int(at[0]), len(at))
+    return rows.take(_index(at))
 
 
 def _index(values: Sequence[int] | NDArray[np.int64]) -> Any:

@@ -9,13 +9,14 @@ What is known is handled as columns, never row by row: a million known tiles cos
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -72,10 +73,10 @@ def ingest(config: Config, workspace: Workspace) -> Report:
 
     started = time.monotonic()
     try:
-        with alone(workspace), warnings.catch_warnings():
+        with alone(workspace), warnings.catch_warnings(), _much_kept() as made:
             # Large is what scenes are; `scenes` refuses bombs by a rule of its own.
             warnings.simplefilter("ignore", DecompressionBombWarning)
-            report = _ingest(config, workspace)
+            report = _ingest(config, workspace, made)
     except OSError as error:
         where = error.filename or workspace.store
         raise BadInput(f"ingest: {where}: {error.strerror or error}") from error
@@ -122,10 +123,11 @@ class _Clock:
         self._last = now
 
 
-def _ingest(config: Config, workspace: Workspace) -> Report:
+def _ingest(config: Config, workspace: Workspace, made: Callable[[], None]) -> Report:
     report = Report("ingest")
     clock = _Clock()
     images, other_files = _images(config, workspace, report)
+    made()
     clock("list")
     root = workspace.store
     root.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,26 @@ def _ingest(config: Config, workspace: Workspace) -> Report:
         "unchanged": unchanged,
     }
     return report
+
+
+@contextlib.contextmanager
+def _much_kept() -> Iterator[Callable[[], None]]:
+    """No search for garbage while a million objects are made, nor among them once they are there:
+    what the block is given is to be called then."""
+    was = gc.isenabled()
+    gc.disable()
+
+    def made() -> None:
+        gc.freeze()
+        if was:
+            gc.enable()
+
+    try:
+        yield made
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()
 
 
 def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[Image], int]:
@@ -247,9 +269,11 @@ def old_store(root: Path) -> Old:
         old.shards, old.ordinal = numbers["shards"], numbers["ingest"]
         if (root / store.RETIRED).exists():
             old.retired = store.read_arrow(root / store.RETIRED, store.COLUMNS, remedy)
-        here = pc.is_in(old.retired["key"], value_set=old.table["key"])
-        gone = old.retired.filter(pc.invert(here))
-        old.known = pa.concat_tables([old.table, gone]).combine_chunks()
+        old.known = old.table
+        if len(old.retired):
+            here = pc.is_in(old.retired["key"], value_set=old.table["key"])
+            gone = old.retired.filter(pc.invert(here))
+            old.known = pa.concat_tables([old.table, gone]).combine_chunks()
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             entries = json.loads((root / store.HISTORY).read_text())["ingests"]
             old.history = [entry for entry in entries if entry["ordinal"] <= old.ordinal]
@@ -513,7 +537,7 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         return {row["values"]: row["counts"] for row in found}
 
     labels = counts("label")
-    sizes = counts("place")
+    sizes = pc.value_counts(rows["place"]).field("counts")
     report.figures = {
         "images_found": 0,
         "images_read": 0,
@@ -531,7 +555,7 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         "pairs": len(rows) - rows["second"].null_count,
         "windows_skipped": gathered.skipped,
         "places": len(sizes),
-        "biggest_place": max(sizes.values(), default=0),
+        "biggest_place": pc.max(sizes).as_py() or 0,
         "near_duplicates": links["near_duplicates"],
         "overlapping": links["overlapping"],
         "unused": counts("split").get("unused", 0),
