@@ -155,11 +155,14 @@ def _saturated(
     def at_end(values: NDArray[np.uint8]) -> NDArray[np.bool_]:
         return (values - np.uint8(1)) >= 254  # 0 wraps to 255: one comparison finds both
 
-    found = at_end(pixels[..., fewest])
+    found = at_end(np.ascontiguousarray(pixels[..., fewest]))
     if valid is not None:
         found &= valid
     # Few pixels are: only these are looked at in the other bands.
-    return float(at_end(pixels[found]).all(axis=1).sum() / counts[0].sum())
+    few = np.flatnonzero(found)
+    for band in range(len(counts)):
+        few = few[at_end(pixels[..., band].reshape(-1)[few])]
+    return float(len(few) / counts[0].sum())
 
 
 def cloud_share(
