@@ -247,7 +247,8 @@ def _attached(config: Config, images: Sequence[Image]) -> NDArray[np.int64]:
     numbers = np.zeros(len(images), np.int64)
     for i, image in enumerate(images):
         if image.attachments or image.sensor is not None:
-            told = digest(image.sensor, known.get(image.masks))
+            # The classes' order gives their numbers; a digest of a dict would not tell.
+            told = digest(image.sensor, list(known.get(image.masks, {}).items()))
             numbers[i] = image.attached ^ int(told[:15], 16)
     return numbers
 

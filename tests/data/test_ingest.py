@@ -135,6 +135,7 @@ def test_every_kind_of_bad_file_is_set_aside_with_its_reason(run, workspace, man
     (bad / "cut.jpg").write_bytes(whole[:-200])
     (bad / "half.png").write_bytes(encoded(pixels(9))[:900])
     (bad / "text.jpg").write_text("not an image at all")
+    (bad / "archive.png").write_bytes(b"PK\x03\x04\x14\x00\x01\x00" + bytes(200))
     (bad / "copy.jpg").write_bytes(whole)
     (source / "class1" / "other.jpg").write_bytes(whole)
     Image.fromarray(pixels(8)).convert("L").save(bad / "grey.png")
@@ -151,12 +152,13 @@ def test_every_kind_of_bad_file_is_set_aside_with_its_reason(run, workspace, man
     assert "Premature end" in found["class0/cut.jpg"]
     assert "damaged" in found["class0/half.png"]
     assert "not an image" in found["class0/text.jpg"]
+    assert "not an image" in found["class0/archive.png"]
     assert found["class0/copy.jpg"] == "same pixels as class0/0001.jpg"
     assert found["class1/other.jpg"] == "same image as class0/0001.jpg under another class"
     assert "nearest: rgb" in found["class0/grey.png"]
     assert "uint16" in found["class0/deep.png"]
     assert "damaged" in found["class0/broken.tif"]
-    assert len(found) == report.figures["set_aside"] == 9
+    assert len(found) == report.figures["set_aside"] == 10
     assert report.figures["other_files"] == 2
     assert "class0/really_jpeg.png" in set(manifest()["source"])
     assert report.figures["tiles"] == 37
