@@ -203,7 +203,7 @@ class Validate(Section):
     max_band_shift: float = Field(0.5, gt=0)
     pictures: Positive = 24
     soft: list[str] = [
-        *("saturated", "cloud", "balance", "mask_tiles", "box_tiles"),
+        *("saturated", "cloud", "balance", "mask_tiles", "box_tiles", "boxes_inside"),
         *("class_shares", "band_means"),
     ]
 

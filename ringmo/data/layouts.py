@@ -17,6 +17,7 @@ from ringmo.data.store import sha256
 from ringmo.data.vectors import Vectors
 from ringmo.errors import BadInput
 
+ROUNDING = 1.0  # pixels: some data sets count from 1, some round
 STRIP = 4_000_000  # pixels of a mask that are looked at together
 
 
@@ -203,10 +204,18 @@ class Labels:
             "boxes_size": len(data),
             "boxes_hash": sha256(data),
             "boxes_count": len(seen),
-            "boxes_outside": sum(box["cut"] for box in seen),
+            "boxes_outside": sum(self._beyond(box["points"], window) for box in seen),
             "boxes_classes": [box["class"] for box in seen],
         }
         return Member("boxes", "boxes.json", data, facts)
+
+    def _beyond(self, points: list[list[float]], window: Window) -> bool:
+        """Whether corners, in a tile's pixels, lie beyond the image by more than rounding does."""
+        for axis, start, side in ((0, window.col, self.size[1]), (1, window.row, self.size[0])):
+            places = [(point[axis] + start) * window.scale for point in points]
+            if min(places) < -ROUNDING or max(places) > side + ROUNDING:
+                return True
+        return False
 
 
 def _nearest(start: int, count: int, scale: float, size: int) -> NDArray[np.int64]:

@@ -82,7 +82,7 @@ COLUMNS = {
     "boxes_size": "int64",
     "boxes_hash": "string",
     "boxes_count": "int32",
-    "boxes_outside": "int32",  # of them, how many reach beyond the tile
+    "boxes_outside": "int32",  # of them, how many reach beyond the image
     "boxes_classes": "strings",  # of each box
 }
 QUARANTINE_COLUMNS = {

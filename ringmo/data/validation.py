@@ -157,7 +157,7 @@ def rules(config: Config) -> list[Rule]:
         label("named_labels", "a label is a name, not blank", "label_named", allowed=(True,)),
         label("masks_fit", "a mask is as large as its tile", "mask_unlike", empty=True),
         label("mask_values", "the numbers in a mask stand for classes", "mask_strange", empty=True),
-        label("boxes_inside", "boxes lie inside their tile", "boxes_outside", high=0),
+        label("boxes_inside", "boxes lie inside their image", "boxes_outside", high=0),
         label("boxes_named", "every box has a class", "boxes_unnamed", empty=True),
         label(
             "labels_in_shard",
