@@ -109,6 +109,7 @@ class Gatherer:
         self._tables: list[pyarrow.Table] = []
         self._new_files: dict[str, int] = {}  # hash → the first of the read images that has it
         self._new_tiles: dict[str, tuple[int, str]] = {}  # of a tile's bytes → image and key
+        self._expected: dict[int, int] = {}  # windows of a large image that are still to come
         self._dropped: set[int] = set()  # large images whose windows are not wanted
         # Of the scene that is being cut: where to go back to if a part of it is damaged.
         self._scene: tuple[tuple[int, int], int, list[str]] | None = None
@@ -239,7 +240,9 @@ class Gatherer:
     def _take_windows(self, done: Done, light: list[dict[str, Any]], spool: int) -> None:
         number, read = done.images[0], done.read.found[0]
         found = self._outcomes[number]
-        found.look = None
+        if found.look is not None:
+            self._expected[number] = len(found.look.windows)
+            found.look = None  # a scene may have a million windows
         if number in self._dropped:
             self.settled += done.last
             return
@@ -257,6 +260,7 @@ class Gatherer:
             self.settled += done.last
             return
         self.windows += len(light) + read.skipped
+        self._expected[number] -= len(light) + read.skipped
         found.skipped += read.skipped
         kept = []
         for i, row in enumerate(light):
@@ -267,6 +271,8 @@ class Gatherer:
             self._keys[number].append(row["key"])
         self._add(done.read.rows, kept)
         if done.last:
+            if self._expected[number]:
+                raise RuntimeError(f"{self.images[number].path}: windows are missing or came twice")
             self._scene = None
             self.settled += 1
             if not self._keys[number]:

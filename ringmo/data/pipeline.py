@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringmo.data import reading
+from ringmo.data import reading, scenes
 from ringmo.data.cluster import Pool, Promise
 from ringmo.data.sources import Image
 
@@ -37,7 +37,8 @@ class _Cut:
 
     number: int
     image: Image
-    found: reading.Found
+    content: str  # hash of the file
+    look: scenes.Look
     group: tuple[int, int]
     last: bool
     promise: Promise | None = None
@@ -72,23 +73,27 @@ def in_order(
     def under_way() -> int:
         return sum((s.read is None) + sum(c.promise is not None for c in s.cuts) for s in slots)
 
-    def begin(cut: _Cut, urgent: bool) -> None:
-        look = cut.found.look
-        if look is not None:
-            windows = look.windows[slice(*cut.group)]
-            what = (common, cut.image, cut.found.hash, look.sensor, look.size, windows)
-            cut.promise = pool.submit(reading.read_windows, *what, urgent=urgent)
+    def begin(cut: _Cut) -> Promise:
+        windows = cut.look.windows[slice(*cut.group)]
+        what = (common, cut.image, cut.content, cut.look.sensor, cut.look.size, windows)
+        return pool.submit(reading.read_windows, *what, urgent=True)
+
+    def finish(slot: _Slot) -> reading.Read:
+        """What a batch came to; the images of it that must be cut are lined up, once."""
+        if slot.read is None:
+            slot.read = slot.promise.result()
+            slot.cuts.extend(_cuts(slot, slot.read))
+        return slot.read
 
     def advance() -> None:
         """Start what may be started, the first in order first."""
         room = limit - under_way()
         for slot in slots:
-            if slot.read is None and slot.promise.done():
-                slot.read = slot.promise.result()
-                slot.cuts.extend(_cuts(slot))
+            if slot.promise.done():
+                finish(slot)
             for cut in slot.cuts:
                 if cut.promise is None and room > 0:
-                    begin(cut, urgent=True)
+                    cut.promise = begin(cut)
                     room -= 1
         while room > 0 and _waiting_bytes(slots) < FETCHED_BYTES:
             batch = next(batches, None)
@@ -99,25 +104,22 @@ def in_order(
             slots.append(_Slot(numbers, chosen, promise))
             room -= 1
 
-    def result(promise: Promise) -> Any:
+    def ready(promise: Promise) -> Promise:
         while not promise.done():
             advance()
             pool.wait([promise, *(s.promise for s in slots if s.read is None)])
-        return promise.result()
+        return promise
 
     advance()
     while slots:
         slot = slots[0]
-        if slot.read is None:
-            slot.read = result(slot.promise)
-            slot.cuts.extend(_cuts(slot))
-        yield Done(slot.numbers, slot.read)
+        ready(slot.promise)
+        yield Done(slot.numbers, finish(slot))
         while slot.cuts:
             cut = slot.cuts[0]
-            if cut.promise is None:
-                begin(cut, urgent=True)
-            if cut.promise is not None:
-                yield Done([cut.number], result(cut.promise), cut=True, last=cut.last)
+            cut.promise = cut.promise or begin(cut)
+            read = ready(cut.promise).result()
+            yield Done([cut.number], read, cut=True, last=cut.last)
             slot.cuts.popleft()
             if cut.last:
                 cut.image.forget()
@@ -128,15 +130,13 @@ def in_order(
         advance()
 
 
-def _cuts(slot: _Slot) -> Iterator[_Cut]:
-    if slot.read is None:
-        return
-    for number, image, found in zip(slot.numbers, slot.images, slot.read.found, strict=True):
-        if found.look is None:
-            continue
-        groups = found.look.groups
-        for i, group in enumerate(groups):
-            yield _Cut(number, image, found, group, last=i == len(groups) - 1)
+def _cuts(slot: _Slot, read: reading.Read) -> Iterator[_Cut]:
+    for number, image, found in zip(slot.numbers, slot.images, read.found, strict=True):
+        if found.look is not None:
+            groups = found.look.groups
+            for i, group in enumerate(groups):
+                last = i == len(groups) - 1
+                yield _Cut(number, image, found.hash, found.look, group, last)
 
 
 def _batches(

@@ -69,6 +69,62 @@ def test_readers_in_other_processes_change_no_byte(run, workspace, monkeypatch, 
         assert tree(other.store) == alone
 
 
+@pytest.mark.parametrize("readers", [0, 3])
+def test_every_window_of_a_scene_of_many_groups_comes_once(
+    readers, run, workspace, manifest, monkeypatch, tmp_path
+):
+    """Read by this process, and by several whose answers come in any order."""
+    import random
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import contextmanager
+
+    from ringmo.data import cluster, scenes
+
+    monkeypatch.setattr(scenes, "GROUP_BYTES", 40_000)
+    monkeypatch.setattr(scenes, "STRIP_GROUP_BYTES", 40_000)
+    source = class_folders(tmp_path / "in", each=3)
+    for i in range(4):
+        geotiff(source / "class1" / f"scene{i}.tif", i, 9000 * i, 0, side=500, width=700)
+    damaged = source / "class1" / "scene2.tif"
+    damaged.write_bytes(damaged.read_bytes()[:-300_000])
+    dice = random.Random(1)
+
+    class Threads(cluster.Pool):
+        size = readers
+
+        def __init__(self, threads: Any) -> None:
+            self.threads = threads
+
+        def submit(self, function: Any, *args: Any, urgent: bool = False) -> Any:
+            def later(*args: Any) -> Any:
+                time.sleep(dice.random() / 50)
+                return function(*args)
+
+            return self.threads.submit(later, *args)
+
+        def wait(self, promises: Any) -> None:
+            time.sleep(0.001)
+
+    @contextmanager
+    def threads(*_: Any) -> Any:
+        with ThreadPoolExecutor(readers) as pool:
+            yield Threads(pool)
+
+    if readers:
+        monkeypatch.setattr(cluster, "pool", threads)
+    report = run(source, ingest__tile_size=64)
+    tiles = manifest()
+    for i in (0, 1, 3):
+        own = tiles[tiles["source"] == f"class1/scene{i}.tif"]
+        assert len(own) == len(set(zip(own["row"], own["col"], strict=True))) == 8 * 11
+        assert list(zip(own["row"], own["col"], strict=True)) == sorted(
+            zip(own["row"], own["col"], strict=True)
+        )
+    assert list(aside(workspace)) == ["class1/scene2.tif"]
+    assert report.figures["tiles"] == 9 + 3 * 88
+    assert list(workspace.state.glob("spool/*")) == []
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Any:
     """A Dask scheduler and worker of other processes, as a cluster would have them; its address."""
