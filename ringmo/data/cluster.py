@@ -88,6 +88,8 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
     # A process a core, each with one thread: those of BLAS would only be in each other's way.
     settings = {
         "distributed.admin.tick.limit": "1h",
+        "distributed.scheduler.http.routes": [],  # no pages about us, also on the loopback address
+        "distributed.worker.http.routes": [],
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1"),
     }
     with dask.config.set(settings):
@@ -98,7 +100,7 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
                     n_workers=count,
                     threads_per_worker=1,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",
                     # Whoever may connect may have code run: TLS with certificates of this moment.
                     security=True,
                     memory_limit=None,
