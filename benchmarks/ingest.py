@@ -157,8 +157,8 @@ def versions(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def s3(folder: Path) -> Iterator[str]:
-    """A real S3 server over a folder with one bucket; its address."""
+def s3(folder: Path, *more: str) -> Iterator[str]:
+    """A real S3 server over a folder with one bucket, which refuses wrong secrets; its address."""
     (folder / "bucket").mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -167,6 +167,7 @@ def s3(folder: Path) -> Iterator[str]:
     os.environ.update(keys, AWS_DEFAULT_REGION="us-east-1")
     command = [str(Path(sys.executable).parent / "rclone"), "serve", "s3", str(folder)]
     command += ["--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret", "--config", os.devnull]
+    command += more
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         for _ in range(200):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ringmo.errors import BadInput, RingmoError, Unreachable
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+AHEAD = 4  # tasks a reader, so that none waits for the one whose turn it is
 ANSWER_S = 20  # for which a cluster's scheduler is waited for
 
 
@@ -28,7 +29,7 @@ class Promise(Protocol):
 class Pool:
     """This process alone: a task is done when it is submitted."""
 
-    size = 1
+    ahead = 1  # tasks, done or under way, whose turn has not come
 
     def submit(self, function: Callable[..., Any], *args: Any, urgent: bool = False) -> Promise:
         done: Future[Any] = Future()
@@ -44,8 +45,10 @@ class Pool:
 
 
 class DaskPool(Pool):
-    def __init__(self, client: Any, size: int) -> None:
-        self._client, self.size = client, size
+    """The processes of a Dask cluster, `readers` of them."""
+
+    def __init__(self, client: Any, readers: int) -> None:
+        self._client, self.ahead = client, AHEAD * readers
 
     def submit(self, function: Callable[..., Any], *args: Any, urgent: bool = False) -> Promise:
         promise: Promise = self._client.submit(

@@ -8,7 +8,7 @@ import os
 import tarfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def _relocated(
         places = zip(*(table[name].to_pylist() for name in names), strict=True)
         now = [moved.get(place, place) for place in places]
         for i, name in enumerate(names):
-            table = _set(table, name, [place[i] for place in now])
+            table = store.with_column(table, name, [place[i] for place in now])
     return table
 
 
@@ -137,13 +137,5 @@ def _forgotten(retired: "pyarrow.Table", gone: set[str]) -> "pyarrow.Table":
         names = retired[f"{part}shard"].to_pylist()
         lost = np.array([name in gone for name in names], np.bool_)
         shards = [None if out else name for name, out in zip(names, lost, strict=True)]
-        retired = _set(retired, f"{part}shard", shards)
+        retired = store.with_column(retired, f"{part}shard", shards)
     return retired
-
-
-def _set(table: "pyarrow.Table", name: str, values: list[Any]) -> "pyarrow.Table":
-    import pyarrow as pa
-
-    at = table.schema.get_field_index(name)
-    field = table.schema.field(at)
-    return table.set_column(at, field, pa.array(values, field.type))

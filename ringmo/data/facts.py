@@ -46,40 +46,8 @@ def read(path: Path) -> "pyarrow.Table":
     Raises:
         BadInput: no manifest, a damaged one, or one of another schema.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     remedy = "run `ringmo ingest`, or `dvc checkout` for the version before"
-    try:
-        schema = pq.read_schema(path)
-        table = pq.read_table(
-            path,
-            columns=[name for name in NEEDED if name in schema.names],
-            read_dictionary=FEW,
-            page_checksum_verification=True,
-            partitioning=None,
-        )
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: {remedy}") from None
-    except (OSError, pa.ArrowException) as error:
-        what = str(error).split("\n")[0][:120]
-        raise BadInput(f"{path} is damaged ({what}): {remedy}") from None
-    version = (schema.metadata or {}).get(store.SCHEMA_KEY, b"none").decode()
-    if version not in {str(number) for number in range(1, store.SCHEMA + 1)}:
-        raise BadInput(
-            f"{path} has schema {version}, this version reads up to {store.SCHEMA}: {remedy}"
-        )
-    wanted = store.arrow_schema({name: store.COLUMNS[name] for name in NEEDED})
-    for number in range(int(version) + 1, store.SCHEMA + 1):
-        for name, value in store.ADDED[number].items():
-            if name in NEEDED:
-                field = wanted.field(name)
-                table = table.append_column(
-                    field, pa.repeat(pa.scalar(value, field.type), len(table))
-                )
-    if missing := sorted(set(NEEDED) - set(table.schema.names)):
-        raise BadInput(f"{path} has other columns ({', '.join(missing)} missing): {remedy}")
-    return table.select(NEEDED).unify_dictionaries()
+    return store.read_some(path, {name: store.COLUMNS[name] for name in NEEDED}, FEW, remedy)
 
 
 def as_table(manifest: "pandas.DataFrame | pyarrow.Table") -> "pyarrow.Table":
@@ -299,7 +267,7 @@ def _shared(
         return f"{keys[row]} in {TAUGHT[split[row]]}"
 
     facts: dict[str, Any] = {
-        column: told(partner >= 0, lambda row, partner=partner: named(partner[row]))  # type: ignore[misc]
+        column: told(partner >= 0, lambda row, partner=partner: named(partner[row]))  # type: ignore[misc]  # mypy cannot infer a lambda's default
         for column, partner in partners.items()
     }
     seconds = _seconds(tiles, split)

@@ -289,6 +289,7 @@ def _answering(dataset: Any, part: Path, sums: dict[str, str]) -> Iterator[None]
             if "corrupted" not in str(error):
                 raise
             raise _unlike(part, sums, hosts) from None
+        # torchgeo passes on whatever its many ways of downloading raise: sorted just below.
         except Exception as error:
             if not _of_network(error):
                 raise

@@ -319,9 +319,9 @@ class Gatherer:
         wanted = store.arrow_schema(store.COLUMNS | UNDERWAY)
         for name in kept[0][1]:
             column = pa.array([where[name] for _, where in kept], wanted.field(name).type)
-            table = _with(table, name, column)
+            table = store.with_column(table, name, column)
         ordinals = pa.repeat(pa.scalar(self.ordinal, pa.int32()), len(table))
-        self._tables.append(_with(table, "ingest", ordinals).select(wanted.names))
+        self._tables.append(store.with_column(table, "ingest", ordinals).select(wanted.names))
 
     def gathered(self) -> Gathered:
         """All that was taken and all that was known, in the order of the images."""
@@ -334,7 +334,7 @@ class Gatherer:
         moved = self.known.table.take(_index(at))
         for name, value in store.NO_LABELS.items():
             kind = moved.schema.field(name).type
-            moved = _with(moved, name, pa.repeat(pa.scalar(value, kind), len(moved)))
+            moved = store.with_column(moved, name, pa.repeat(pa.scalar(value, kind), len(moved)))
         new, new_images = self._new()
         rows = pa.concat_tables([t.cast(new.schema) for t in (seen, moved)] + [new])
         images = np.concatenate([self._row_image, numbers[owner], new_images])
@@ -371,10 +371,10 @@ class Gatherer:
         stored = pa.array((at >= 0) & self.known.stored[at])
         for name in store.COLUMNS:
             if name in ("place", "split"):
-                read = _with(read, name, _column(old, name))
+                read = store.with_column(read, name, _column(old, name))
             elif name not in JUDGED and name not in OF_IMAGE:
                 column = pc.if_else(stored, _column(old, name), _column(read, name))
-                read = _with(read, name, column)
+                read = store.with_column(read, name, column)
         return read, images
 
     def _without_duplicates(
@@ -438,10 +438,10 @@ class Gatherer:
             "label": [image.label for image in self.images],
         }
         for name, values in columns.items():
-            rows = _with(rows, name, pa.array(values, pa.string()).take(at))
+            rows = store.with_column(rows, name, pa.array(values, pa.string()).take(at))
         made = np.array([image.root == "generated" for image in self.images], np.bool_)
-        rows = _with(rows, "generated", pa.array(made[images]))
-        return _with(rows, "second", self._seconds(rows, images))
+        rows = store.with_column(rows, "generated", pa.array(made[images]))
+        return store.with_column(rows, "second", self._seconds(rows, images))
 
     def _seconds(self, rows: "pyarrow.Table", images: NDArray[np.int64]) -> Any:
         """Key of each tile's second date: the tile of the other image at the same window."""
@@ -521,14 +521,6 @@ def _column(table: "pyarrow.Table", name: str) -> Any:
     if isinstance(column, pa.ChunkedArray):  # of an empty table
         return pa.array([], column.type)
     return column
-
-
-def _with(table: "pyarrow.Table", name: str, column: Any) -> "pyarrow.Table":
-    """The table with a column replaced, or appended."""
-    at = table.schema.get_field_index(name)
-    if at < 0:
-        return table.append_column(name, column)
-    return table.set_column(at, table.schema.field(at), column)
 
 
 def _taken(rows: Any, at: NDArray[np.int64]) -> Any:

@@ -396,8 +396,7 @@ def _unlabel_sensor_folders(gathered: Gathered) -> list[str]:
         named = pc.is_in(gathered.rows["label"], value_set=pa.array(sorted(own), pa.string()))
         nothing = pa.scalar(None, pa.string())
         column = pc.if_else(pc.and_(here, named), nothing, gathered.rows["label"])
-        at = gathered.rows.schema.get_field_index("label")
-        gathered.rows = gathered.rows.set_column(at, gathered.rows.schema.field(at), column)
+        gathered.rows = store.with_column(gathered.rows, "label", column)
         notes.append(
             f"{root}: no labels from {', '.join(sorted(own))}: "
             f"such a folder is a sensor's, not a class"
@@ -457,9 +456,7 @@ def _place(
     for name in ("place", "split"):
         values = np.asarray(rows[name].to_pylist(), object)
         values[at] = new[name].to_numpy()
-        i = gathered.rows.schema.get_field_index(name)
-        column = pa.array(values, pa.string())
-        gathered.rows = gathered.rows.set_column(i, gathered.rows.schema.field(i), column)
+        gathered.rows = store.with_column(gathered.rows, name, values.tolist())
     return counts
 
 

@@ -93,11 +93,14 @@ class Labels:
 
     def _bring(self) -> None:
         for one in self.image.attachments:
+            # Windows of one scene are cut side by side: whoever brought its labels removes them.
+            here = one.bucket is None or one.file.exists()
             try:
                 one.fetch()
             except OSError as error:
                 raise BadInput(f"its {one.part} cannot be read: {error.strerror}") from None
-            self._open.callback(one.forget)
+            if not here:
+                self._open.callback(one.forget)
         for one in self.image.attachments:
             if one.part == "mask":
                 self._open_mask(one)

@@ -15,7 +15,6 @@ from ringmo.data.cluster import Pool, Promise
 from ringmo.data.sources import Image
 
 BATCH, BATCH_BYTES = 64, 16e6  # images of one task, at most
-AHEAD = 4  # tasks a reader, done or under way, whose turn has not come
 # Of objects from a bucket, which lie on this machine's disk until their turn has come.
 FETCHED_BYTES = 4e9
 
@@ -68,7 +67,6 @@ def in_order(
     common, hashes = pool.share(settings), None if known is None else pool.share(known)
     batches = _batches(images)
     slots: deque[_Slot] = deque()
-    limit = 1 if pool.size == 1 else AHEAD * pool.size
 
     def under_way() -> int:
         return sum((s.read is None) + sum(c.promise is not None for c in s.cuts) for s in slots)
@@ -87,7 +85,7 @@ def in_order(
 
     def advance() -> None:
         """Start what may be started, the first in order first."""
-        room = limit - under_way()
+        room = pool.ahead - under_way()
         for slot in slots:
             if slot.promise.done():
                 finish(slot)
@@ -122,9 +120,7 @@ def in_order(
             yield Done([cut.number], read, cut=True, last=cut.last)
             slot.cuts.popleft()
             if cut.last:
-                cut.image.forget()
-                for attachment in cut.image.attachments:
-                    attachment.forget()
+                reading.forget(cut.image)
             advance()
         slots.popleft()
         advance()

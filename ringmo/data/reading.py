@@ -130,14 +130,14 @@ def read_images(
                     ahead[i].result()
                 tile, row, members = _read(settings, image, known, one)
             except OSError as error:
-                one.reason = f"cannot be read: {error.strerror}"
+                one.reason = _unreadable(error)
                 tile = row = None
             except BadInput as error:
                 one.reason = str(error)
                 tile = row = None
             finally:
                 if one.look is None:
-                    _forget(image)
+                    forget(image)
             if tile is not None and row is not None:
                 spool.add(i, row, tile, members)
             found.append(one)
@@ -171,12 +171,17 @@ def read_windows(
         except BadInput as error:
             found.reason = str(error)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            found.reason = f"cannot be read: {error.strerror}"
+            found.reason = _unreadable(error)
         if found.reason is not None:
             spool.rows.clear()
         return spool.read([found])
+
+
+def _unreadable(error: OSError) -> str:
+    """Why a file cannot be read; a full disk is no fault of the file's, and is raised."""
+    if error.errno == errno.ENOSPC:
+        raise error
+    return f"cannot be read: {error.strerror}"
 
 
 def _fetch(image: Image) -> None:
@@ -185,7 +190,8 @@ def _fetch(image: Image) -> None:
         attachment.fetch()
 
 
-def _forget(image: Image) -> None:
+def forget(image: Image) -> None:
+    """Remove what was brought of an image and its labels."""
     image.forget()
     for attachment in image.attachments:
         attachment.forget()

@@ -168,11 +168,43 @@ def read_arrow(path: Path, columns: dict[str, str], remedy: str) -> "pyarrow.Tab
     Raises:
         BadInput: as `read_table`.
     """
+    table = _read(path, columns, remedy)
+    wanted = arrow_schema(columns)
+    if set(table.schema.names) == set(columns):
+        table = table.select(list(columns))
+    if not table.schema.equals(wanted, check_metadata=False):
+        different = sorted(set(table.schema.names) ^ set(columns)) or "types"
+        raise BadInput(f"{path} has other columns ({different}): {remedy}")
+    return table.cast(wanted).combine_chunks()
+
+
+def read_some(path: Path, columns: dict[str, str], few: list[str], remedy: str) -> "pyarrow.Table":
+    """Some columns of a table that `write_table` wrote, as they lie in the file.
+
+    Args:
+        few: columns of few different texts, which are read as numbers and a list of these.
+
+    Raises:
+        BadInput: as `read_table`.
+    """
+    table = _read(path, columns, remedy, part=True, read_dictionary=few)
+    if missing := sorted(set(columns) - set(table.schema.names)):
+        raise BadInput(f"{path} has other columns ({', '.join(missing)} missing): {remedy}")
+    return table.select(list(columns)).unify_dictionaries()
+
+
+def _read(
+    path: Path, columns: dict[str, str], remedy: str, part: bool = False, **options: Any
+) -> "pyarrow.Table":
+    """What is in the file, all or the part that `columns` names, and what later schemas added."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        if part:
+            names = pq.read_schema(path).names
+            options["columns"] = [name for name in columns if name in names]
+        table = pq.read_table(path, page_checksum_verification=True, partitioning=None, **options)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: {remedy}") from None
     except (OSError, pa.ArrowException) as error:
@@ -188,12 +220,7 @@ def read_arrow(path: Path, columns: dict[str, str], remedy: str) -> "pyarrow.Tab
                 field = wanted.field(name)
                 filled = pa.repeat(pa.scalar(value, field.type), len(table))
                 table = table.append_column(field, filled)
-    if set(table.schema.names) == set(columns):
-        table = table.select(list(columns))
-    if not table.schema.equals(wanted, check_metadata=False):
-        different = sorted(set(table.schema.names) ^ set(columns)) or "types"
-        raise BadInput(f"{path} has other columns ({different}): {remedy}")
-    return table.cast(wanted).combine_chunks()
+    return table
 
 
 def read_facts(path: Path) -> dict[str, int]:
@@ -207,6 +234,19 @@ def read_facts(path: Path) -> dict[str, int]:
         for name, value in metadata.items()
         if name.startswith(prefix)
     }
+
+
+def with_column(table: "pyarrow.Table", name: str, column: Any) -> "pyarrow.Table":
+    """The table with a column replaced, or appended; a list becomes of the column's type."""
+    import pyarrow as pa
+
+    at = table.schema.get_field_index(name)
+    if at < 0:
+        return table.append_column(name, column)
+    field = table.schema.field(at)
+    if isinstance(column, list):
+        column = pa.array(column, field.type)
+    return table.set_column(at, field, column)
 
 
 def same_rows(a: "pyarrow.Table", b: "pyarrow.Table") -> bool:

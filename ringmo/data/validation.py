@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,8 @@ class Rule:
     row, or be empty; `mostly` is the share of rows for which it must. What is missing breaks no
     rule, but for the one that asks for its absence."""
 
-    name: str
     suite: str
+    name: str
     says: str
     column: str
     low: float | None = None
@@ -63,23 +64,10 @@ def rules(config: Config) -> list[Rule]:
     v = config.validate_
     bits = config.split.near_duplicate_bits
 
-    def structure(name: str, says: str, column: str, **rule: Any) -> Rule:
-        return Rule(name, "structure", says, column, **rule)
-
-    def quality(name: str, says: str, column: str, **rule: Any) -> Rule:
-        return Rule(name, "quality", says, column, **rule)
-
-    def apart(name: str, says: str, column: str) -> Rule:
-        return Rule(name, "splits", says, column, empty=True)
-
-    def label(name: str, says: str, column: str, **rule: Any) -> Rule:
-        return Rule(name, "labels", says, column, **rule)
-
-    def classes(name: str, says: str, column: str, **rule: Any) -> Rule:
-        return Rule(name, "labels", says, column, table="classes", **rule)
-
-    def change(name: str, says: str, column: str, table: str, **rule: Any) -> Rule:
-        return Rule(name, "change", says, column, table=table, **rule)
+    structure, quality, label = (partial(Rule, s) for s in ("structure", "quality", "labels"))
+    apart = partial(Rule, "splits", empty=True)
+    classes = partial(Rule, "labels", table="classes")
+    change = partial(Rule, "change")
 
     known, splits = tuple(config.sensors), ", ".join(facts.SPLITS)
     few = f"{v.min_tiles_per_class} tiles or more"
@@ -195,21 +183,21 @@ def rules(config: Config) -> list[Rule]:
             "no_class_vanished",
             "no class of an earlier version is missing (or it is among validate.retired_classes)",
             "vanished",
-            "classes",
+            table="classes",
             allowed=(False,),
         ),
         change(
             "class_shares",
             f"no class's share has moved by more than {v.max_share_change:.0%} of the samples",
             "share_change",
-            "classes",
+            table="classes",
             high=v.max_share_change,
         ),
         change(
             "band_means",
             f"no band's mean has moved by more than {v.max_band_shift:g} of its deviation",
             "shift",
-            "bands",
+            table="bands",
             high=v.max_band_shift,
         ),
     ]

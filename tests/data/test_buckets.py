@@ -235,6 +235,7 @@ def test_images_of_a_bucket_reach_workers_and_share_a_connection_there(s3, bucke
     class_folders(bucket / "imagery", classes=2, each=1)
     remote = buckets.Bucket("s3://bucket/imagery", s3)
     images = list_images("in", remote, "auto", fetched=tmp_path / "fetched").images
+    # Dask pickles what it sends between its own processes; here it is ours, made a line above.
     first, second = (pickle.loads(pickle.dumps(image)) for image in images)
     assert first == images[0] and first.bucket is second.bucket and first.bucket is not remote
     first.fetch()
