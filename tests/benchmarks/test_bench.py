@@ -7,11 +7,10 @@ from typing import Any
 
 import imagery as made
 import pytest
-from conftest import REPOSITORY
 
 import benchmarks.__main__ as bench
 from benchmarks.child import Failed, measure
-from benchmarks.imagery import Source, prepare
+from benchmarks.imagery import ROOT, Source, prepare
 from ringmo.data.decode import decode
 
 KEYS = {"what", "ours", "baseline", "ratio", "unit", "goal", "reached", "note", "runs"}
@@ -54,7 +53,7 @@ def test_bench_writes_rows_with_machine_and_versions(source: Source, tmp_path: P
     data = str(source.files[0].parents[1])
     command = [sys.executable, "-m", "benchmarks", "--only", "loader,swin-b,vit-b,pimask"]
     command += ["--images", "64", "--rounds", "1", "--data", data, "--out", str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["date"] and found["machine"]["cores"] and found["versions"]["torch"]

@@ -11,10 +11,9 @@ from typing import Any
 import imagery as made
 import numpy as np
 import pytest
-from conftest import REAL, REPOSITORY
 
 from benchmarks import duplicates, growth
-from benchmarks.imagery import Source, prepare, scene
+from benchmarks.imagery import BESIDE, ROOT, Source, prepare, scene
 from benchmarks.ingest import Clock, timed
 from ringmo.workspace import Workspace
 
@@ -112,12 +111,12 @@ def test_every_row_of_the_data_is_measured(source: Source, tmp_path: Path) -> No
     data = str(source.files[0].parents[1])
     command = [sys.executable, "-m", "benchmarks", "--only", ROWS, "--images", "40"]
     command += ["--rounds", "1", "--data", data, "--out", str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["failures"] == [] and len(found["rows"]) == 8
     for row in found["rows"]:
-        if "13 bands" in row["what"] and not (REAL / "geotiff").is_dir():
+        if "13 bands" in row["what"] and not (BESIDE / "geotiff").is_dir():
             assert row["note"].startswith("not measured")
             continue
         assert row["ours"] > 0 and row["reached"] is not None, row
