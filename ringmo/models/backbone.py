@@ -151,11 +151,12 @@ class Encoder(nn.Module):
         stems: Mapping[str, nn.Module],
         trunk: SwinTrunk | RelativeTrunk | SincosTrunk,
         stride: int,
+        image_size: int,
     ) -> None:
         super().__init__()
         self.stems = nn.ModuleDict(dict(stems))
         self.trunk = trunk
-        self.stride = stride
+        self.stride, self.image_size, self.frozen = stride, image_size, False
         self.num_features: int = trunk.num_features
 
     def forward(self, images: Tensor, sensor: str | None = None) -> Tensor:
@@ -170,6 +171,15 @@ class Encoder(nn.Module):
         """
         features: Tensor = self.trunk(self.tokens(images, sensor), kept)
         return features
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As of any module; a frozen one stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> None:
+        """No training changes it from here on."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
 
     def tokens(self, images: Tensor, sensor: str | None = None) -> Tensor:
         """What a sensor's stem makes of images: (B, H/p, W/p, C).
@@ -228,7 +238,10 @@ def encoder(
         if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
             raise BadInput(f"sensor `{name}`: letters, digits, _ and -, and no reserved word")
     return Encoder(
-        {name: _stem(model, count) for name, count in bands.items()}, trunk, model.stride
+        {name: _stem(model, count) for name, count in bands.items()},
+        trunk,
+        model.stride,
+        model.image_size,
     )
 
 
