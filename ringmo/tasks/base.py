@@ -55,9 +55,7 @@ class Objects:
         return torch.cat((self.corners.amin(1), self.corners.amax(1)), 1)
 
     def to(self, device: torch.device | str) -> "Objects":
-        return Objects(
-            self.corners.to(device), self.labels.to(device), self.difficult.to(device)
-        )
+        return Objects(self.corners.to(device), self.labels.to(device), self.difficult.to(device))
 
 
 @dataclass
@@ -200,7 +198,6 @@ class Task(ABC):
     @abstractmethod
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """How well each tile was answered (tiles,): higher is better; NaN: nothing to say."""
-
 
     def gain(self, figure: str, value: float) -> float:
         """A figure's value so that more is better; what is no number is worst."""
