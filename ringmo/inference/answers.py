@@ -59,9 +59,9 @@ def _write_map(
     with rasterio.open(temporary, "w", crs=crs, **profile) as file:
         file.write(values, 1)
         if classes:
-            from ringmo.data.colours import palette
+            from ringmo.tasks.dense import colour
 
-            file.write_colormap(1, {i: (*c, 255) for i, c in enumerate(palette(len(classes)))})
+            file.write_colormap(1, {i: (*colour(i), 255) for i in range(len(classes))})
             file.update_tags(1, **{f"class_{i}": one for i, one in enumerate(classes)})
     temporary.replace(path)
 
