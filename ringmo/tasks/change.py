@@ -79,13 +79,8 @@ class Change(MaskTask):
         assert sample.mask is not None
         truth, said = sample.mask[at].cpu().numpy(), answer[at].argmax(0).cpu().numpy()
         image = fitted(image, sample.size)
-        return [
-            image,
-            _later(image, sample, at),
-            coloured(truth),
-            coloured(said),
-            hits(truth, said),
-        ]
+        dates = image, _later(image, sample, at)
+        return [*dates, coloured(truth), coloured(said), hits(truth, said)]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """Each tile's F1 of what changed, smoothed: 1 where nothing did and nothing was said."""
@@ -114,8 +109,8 @@ def _later(image: NDArray[np.uint8], sample: Sample, at: int) -> NDArray[np.uint
         for of in (first, sample.images[SECOND])
     )
     scale, *_ = np.linalg.lstsq(before, image.reshape(-1, 3).astype(np.float64), rcond=None)
-    shown = np.rint(np.clip(after @ scale, 0, 255))
-    return shown.reshape(image.shape).astype(np.uint8)
+    shown: NDArray[np.float64] = np.rint(np.clip(after @ scale, 0, 255))
+    return shown.astype(np.uint8).reshape(image.shape)
 
 
 TASK = Change()
