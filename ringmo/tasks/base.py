@@ -200,6 +200,26 @@ class Task(ABC):
         """How well each tile was answered (tiles,): higher is better; NaN: nothing to say."""
 
 
+    def gain(self, figure: str, value: float) -> float:
+        """A figure's value so that more is better; what is no number is worst."""
+        if np.isnan(value):
+            return -np.inf
+        return -value if figure in self.lower else value
+
+    def unit(self, figure: str) -> str:
+        """m or %, in which `console.figure` says it."""
+        return "m" if figure in self.metres else "%"
+
+    def signature(self, model: Any, images: Images) -> Tensor:
+        """Numbers (B, n) by which a model is known again: its answers, coarsely."""
+        answer = self.answer(model, images)
+        if answer.ndim > 2:
+            maps = answer if answer.ndim == 4 else answer[:, None]
+            answer = nn.functional.adaptive_avg_pool2d(maps, 8).flatten(1)
+        said: Tensor = answer.float()
+        return said
+
+
 def joined(parts: Sequence[Evidence]) -> Evidence:
     """Evidence of several batches of tiles as one."""
     whole: dict[str, list[NDArray[Any]]] = {}
