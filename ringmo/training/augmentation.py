@@ -146,3 +146,15 @@ def erased(images: Tensor, where: Tensor, noise: Tensor) -> Tensor:
     left, top, right, bottom = where[:, :, None].unbind(1)
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
     return torch.where(inside[:, None], noise, images)
+
+
+def turned(images: Tensor, number: int) -> Tensor:
+    """Images (…, S, S) in one of eight positions: `number` % 4 quarter turns, from 4 on mirrored
+    first."""
+    return torch.rot90(images.flip(-1) if number >= 4 else images, number % 4, (-2, -1))
+
+
+def turned_back(images: Tensor, number: int) -> Tensor:
+    """What `turned` has turned, as it was."""
+    images = torch.rot90(images, -(number % 4), (-2, -1))
+    return images.flip(-1) if number >= 4 else images
