@@ -480,9 +480,10 @@ class Config(Section):
                 )
         for name in (self.select.sensor, *self.select.beside):
             if name not in self.pretrain.mix:
+                where = "sensor" if name == self.select.sensor else "beside"
                 raise ValueError(
-                    f"pretrain.mix: the tasks' sensor `{name}` (see select) is missing: give it a "
-                    f"share"
+                    f"pretrain.mix: the tasks' sensor `{name}` (select.{where}) is missing: give "
+                    f"it a share"
                 )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
