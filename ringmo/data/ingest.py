@@ -60,7 +60,7 @@ def ingest(config: Config, workspace: Workspace) -> Report:
     """Bring the tile store to what the sources hold now.
 
     Report figures: images_found, images_read, tiles, new_tiles, new_shards, set_aside,
-    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, pairs,
+    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, heights, pairs,
     windows_skipped, places, biggest_place, near_duplicates, unused, images_per_s, unchanged,
     generated. Table `seconds`: what each part took.
 
@@ -550,6 +550,7 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         "labelled": sum(labels.values()),
         "masks": len(rows) - rows["mask_shard"].null_count,
         "boxes": int(pc.sum(rows["boxes_count"]).as_py() or 0),
+        "heights": len(rows) - rows["height_shard"].null_count,
         "pairs": len(rows) - rows["second"].null_count,
         "windows_skipped": gathered.skipped,
         "places": len(sizes),

@@ -500,8 +500,21 @@ def _label(images: list[Image], layout: str) -> str | None:
             return f"its folders are a layout ({', '.join(sorted(of_layout))}), not classes"
         if len(names) < 2:
             return None
+        if _see_the_same(images):
+            return "its folders see the same places: they are sensors, not classes"
     for folder, members in claimed.items():
         label = folder.rpartition("/")[2]
         for image in members:
             image.label = label
     return None
+
+
+def _see_the_same(images: list[Image]) -> bool:
+    """Whether images of several folders share one label."""
+    owner: dict[str, str] = {}
+    for image in images:
+        folder = image.path.rpartition("/")[0]
+        for one in image.attachments:
+            if one.shared and owner.setdefault(one.path, folder) != folder:
+                return True
+    return False
