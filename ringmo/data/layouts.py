@@ -113,7 +113,10 @@ class Labels:
             elif one.part == "height":
                 self._open_heights(one)
             elif one.part == "boxes":
-                self._boxes = boxes.read(one.file, self.size)
+                if one.data is None:
+                    self._boxes = boxes.read(one.file, self.size)
+                else:
+                    self._boxes = boxes.from_coco(one.data, self.size)
             elif suffix_of(one.path) not in SHAPE_PARTS:
                 self._vectors = Vectors(
                     one.file,

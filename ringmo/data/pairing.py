@@ -6,6 +6,7 @@ place and stem belong together. Thus `Train/Urban/images_png/0.png` and
 `Train/Urban/masks_png/0.png`, or `2_Ortho_RGB/top_2_10_RGB.tif` and `top_2_10_label.tif`.
 """
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from fnmatch import translate
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ringmo.data import boxes, codings, heights, vectors
+from ringmo.data import boxes, coco, codings, heights, vectors
 from ringmo.data.sources import (
     SHAPE_PARTS,
     VECTOR_SUFFIXES,
@@ -68,6 +69,7 @@ FLOODS = re.compile(r"_labelhand$", re.IGNORECASE)
 NO_CLASSES = re.compile(r"_instance_id_rgb$", re.IGNORECASE)
 
 SAMPLE = 16  # masks that are looked at to decide how a source's masks are coded
+MANY = 64  # files in a folder, of which each is one image's
 LOOKED_AT = 3  # files that are looked at to tell whether a folder's are labels
 
 
@@ -95,7 +97,7 @@ def is_height_folder(name: str) -> bool:
 def is_layout(name: str) -> bool:
     """Whether a folder's name says how a data set is laid out, not what its images show."""
     return (
-        name.lower() in SPLITS
+        frozenset() != _words(name) <= SPLITS  # also train2017
         or is_image_folder(name)
         or is_label_folder(name)
         or is_height_folder(name)
@@ -187,6 +189,8 @@ def pair(
         aside |= may_be & taken
         found.images = [image for image in found.images if image.path not in aside]
     _attach(found, own, aside, beside, about, mask_codings, source)
+    if labels == "auto" and about.layout in ("auto", "coco"):
+        _attach_coco(found, beside, about, source)
     spare = [file for part, file in sides if part == "boxes" and file.path not in found.used]
     if spare:
         found.notes.append(
@@ -521,6 +525,99 @@ def _attach(
         found.notes.append(
             f"{source}: {count} of {len(found.images)} images have {NAMES[part]}{said}"
         )
+
+
+def _attach_coco(found: Paired, beside: list[Image], about: "About", source: str) -> None:
+    """Give images the boxes that COCO's instances have of them.
+
+    A file is of the images below its folder, or below the folder around `annotations`. Where
+    several have the name that it gives, it is the one in a folder that the file's own name has in
+    it: train2017 of instances_train2017.json.
+    """
+    files = _coco_files(beside, about)
+    if not files:
+        return
+    by_name: dict[str, list[Image]] = defaultdict(list)
+    for image in found.images:
+        by_name[image.path.rpartition("/")[2]].append(image)
+    owned = spare = absent = 0
+    unclear: list[str] = []
+    for file in files:
+        folder = file.path.rpartition("/")[0]
+        while folder and is_label_folder(folder.rpartition("/")[2]):
+            folder = folder.rpartition("/")[0]
+        for name, data in _instances(file, source).items():
+            fitting = _named(by_name, name, folder, _stem(file.path))
+            if len(fitting) > 1:
+                unclear.append(name)
+            if len(fitting) != 1:
+                absent += not fitting
+                continue
+            (image,) = fitting
+            found.used.add(file.path)
+            if any(one.part == "boxes" for one in image.attachments):
+                spare += 1
+                continue
+            mark = int.from_bytes(hashlib.sha256(data).digest()[:7])
+            what = (file.path, file.base, len(data), mark, file.bucket)
+            image.attachments += (Attachment("boxes", *what, shared=True, data=data),)
+            image.layout = "coco"
+            owned += 1
+    where = f"{source}: {shown(files[0].path)}{' and others' if len(files) > 1 else ''}"
+    if owned:
+        more = f"; {absent} more that it names are not here" if absent else ""
+        found.notes.append(f"{where}: {owned} of {len(found.images)} images have boxes{more}")
+    if spare:
+        found.notes.append(f"{where}: {spare} images have other boxes already: these left out")
+    if unclear:
+        found.notes.append(
+            f"{where}: {len(unclear)} images left without boxes: several are of that name "
+            f"(first: {shown(unclear[0])})"
+        )
+
+
+def _coco_files(beside: list[Image], about: "About") -> list[Image]:
+    folders: dict[str, list[Image]] = defaultdict(list)
+    for file in beside:
+        if suffix_of(file.path) == ".json":
+            folders[file.path.rpartition("/")[0]].append(file)
+    found = []
+    for members in folders.values():
+        # Beside each image a file of its own: not one of many images.
+        if len(members) > MANY and about.layout != "coco":
+            continue
+        for file in members:
+            if file.bucket is not None:
+                told = about.layout == "coco" or _stem(file.path).startswith("instances")
+            else:
+                told = coco.looks_like(file.file)
+            if told:
+                found.append(file)
+    return sorted(found, key=lambda file: file.path)
+
+
+def _instances(file: Image, source: str) -> dict[str, bytes]:
+    try:
+        file.fetch()
+        return coco.read(file.file)
+    except (BadInput, OSError) as error:
+        raise BadInput(
+            f"{source}: {shown(file.path)}: {error}: mend it, or leave it out (ingest.exclude)"
+        ) from None
+    finally:
+        file.forget()
+
+
+def _named(by_name: dict[str, list[Image]], name: str, folder: str, stem: str) -> list[Image]:
+    """The images below a folder that a file of COCO's may mean by a name."""
+    path = name.replace("\\", "/").removeprefix("./")
+    below = f"{folder}/" if folder else ""
+    there = [i for i in by_name.get(path.rpartition("/")[2], []) if i.path.startswith(below)]
+    fitting = [i for i in there if i.path == path or i.path.endswith(f"/{path}")] or there
+    if len(fitting) > 1:
+        own = [i for i in fitting if any(part in stem for part in i.path.split("/")[:-1])]
+        fitting = own or fitting
+    return fitting
 
 
 NAMES = {"mask": "a mask", "boxes": "boxes", "vectors": "vectors", "height": "heights"}

@@ -53,9 +53,10 @@ UNLABELLED = {"unlabelled", "unlabeled"}
 class Attachment:
     """A file or an object that belongs to an image.
 
-    part: `mask`, `boxes` or `vectors`. path: below the source, posix. base: the folder in which
-    `path` begins, or to which a bucket's objects come. shared: with other images, so that
-    `forget` leaves it until the whole folder of fetched objects goes.
+    part: `mask`, `boxes`, `vectors` or `height`. path: below the source, posix. base: the folder
+    in which `path` begins, or to which a bucket's objects come. shared: with other images, so that
+    `forget` leaves it until the whole folder of fetched objects goes. data: what it says of this
+    image, where one file has the labels of many; size and time are then of this alone.
     """
 
     part: str
@@ -65,6 +66,7 @@ class Attachment:
     mtime_ns: int
     bucket: Bucket | None = None
     shared: bool = False
+    data: bytes | None = None
 
     @property
     def file(self) -> Path:
@@ -145,6 +147,8 @@ class Image:
 
 
 def _fetch(one: Image | Attachment) -> None:
+    if isinstance(one, Attachment) and one.data is not None:
+        return
     if one.bucket is not None and not one.file.exists():
         one.bucket.fetch(one.path, one.file)
 
