@@ -281,7 +281,10 @@ def _figure_rows(task: str, figures: dict[str, Any]) -> list[tuple[str, str]]:
         return console.interval(figures.get(name), low, high, unit, points=points)
 
     rows = [
-        (f"{task}: {metric}", f"{said(f'test_{metric}')} on {figures.get('test_tiles')} test tiles"),
+        (
+            f"{task}: {metric}",
+            f"{said(f'test_{metric}')} on {figures.get('test_tiles')} test tiles",
+        ),
         ("  from scratch", said(f"scratch_{metric}")),
         ("  difference", said("difference_to_scratch", points=True)),
         ("  without looking", said(f"trivial_{metric}")),

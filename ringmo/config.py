@@ -470,7 +470,9 @@ class Config(Section):
                 )
         for name in (self.select.sensor, *self.select.beside):
             if name not in self.sensors:
-                raise ValueError(f"select: `{name}` is not among sensors ({', '.join(self.sensors)})")
+                raise ValueError(
+                    f"select: `{name}` is not among sensors ({', '.join(self.sensors)})"
+                )
         for name in self.pretrain.mix:
             if name not in self.sensors:
                 raise ValueError(

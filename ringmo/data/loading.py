@@ -124,7 +124,8 @@ def nearest(image: Pixels, size: int) -> Pixels:
     if image.shape[0] == size:
         return image
     at = ((np.arange(size) + 0.5) * image.shape[0] / size).astype(np.int64)
-    return image[at[:, None], at]
+    taken: Pixels = image[at[:, None], at]
+    return taken
 
 
 IMAGE, MASK, HEIGHT, SECOND, BOXES = "image", "mask", "height", "second", "boxes"
@@ -219,7 +220,7 @@ class SelectedTiles:
         self._dtypes = [str(dtype) for dtype in known["dtype"]]
         self._others: dict[str, tuple[list[Place], list[str], list[str]]] = {}
         for name in [SECOND] * (SECOND in self.parts) + [BESIDE + one for one in beside]:
-            keys = self.table[name] if name in self.table else None
+            keys = self.table.get(name)
             if keys is None or not keys.isin(manifest.index).all():
                 what = "second date" if name == SECOND else f"tile of {name.removeprefix(BESIDE)}"
                 raise BadInput(f"{selection}: a {what} is not in the store: run `ringmo select`")

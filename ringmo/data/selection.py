@@ -81,15 +81,10 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
         {"task": name, "tiles": len(table), **_splits(table)} for name, table in tables.items()
     ]
     each = ", ".join(f"{n} {name}" for name, n in sensors.items())
-    console.note(
-        f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}"
-    )
+    console.note(f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}")
     for row in report.tables["tasks"]:
-        console.note(
-            "select: {task}: {tiles} tiles with labels: {train} train, {val} val, {test} test".format(
-                **row
-            )
-        )
+        said = "{task}: {tiles} labelled tiles: {train} train, {val} val, {test} test".format(**row)
+        console.note(f"select: {said}")
     return report
 
 

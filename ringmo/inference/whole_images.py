@@ -104,7 +104,8 @@ def _of_map(values: NDArray[Any], factor: float, height: int, width: int) -> NDA
     side = max(height, width, round(values.shape[0] * factor))
     if np.issubdtype(values.dtype, np.integer):
         at = np.minimum(((np.arange(side) + 0.5) / factor).astype(np.int64), values.shape[0] - 1)
-        return values[at[:height, None], at[None, :width]]
+        taken: NDArray[Any] = values[at[:height, None], at[None, :width]]
+        return taken
     resized = torch.nn.functional.interpolate(
         torch.from_numpy(values)[None, None], size=(side, side), mode="bilinear"
     )

@@ -232,7 +232,8 @@ def features(
     size = meta["image_size"]
     edge = (images.shape[-1] - size) // 2
     inner = images[:, :, edge : edge + size, edge : edge + size]
-    return model(normal(inner), sensor).float().mean(dim=(1, 2)).cpu().numpy()
+    mean: Tensor = model(normal(inner), sensor).float().mean(dim=(1, 2))
+    return mean.cpu().numpy()
 
 
 def _normal(
@@ -383,10 +384,11 @@ def load(folder: Path, device: str = "cpu") -> Bundle:
     architecture = Model.model_validate(meta["architecture"])
     bands = {name: len(sensor["bands"]) for name, sensor in meta["sensors"].items()}
     task = None if meta["kind"] == ENCODER else tasks.find(meta["kind"])
-    model: nn.Module = encoder(architecture, bands, finetuning=task is not None)
+    trunk = encoder(architecture, bands, finetuning=task is not None)
+    model: nn.Module = trunk
     if task is not None:
         settings = Finetune.model_validate(meta.get("settings", PLAIN))
-        model = task.model(model, len(meta["classes"]), settings)
+        model = task.model(trunk, len(meta["classes"]), settings)
     came = transfer(tensors, model, str(folder / WEIGHTS))
     if other := [*came.resized, *came.left_out]:
         raise BadInput(f"{folder / WEIGHTS}: weight {other[0]} is not of the model in {META}")

@@ -87,14 +87,12 @@ def _judge(
     figures: dict[str, Any] = {"candidate_" + metric: value, "gate_tiles": candidate_score["n"]}
     unit = kind.unit(metric)
     scored = f"{metric} {console.figure(value, unit)}"
-    for limit, beyond, name in (
-        (rule.min_value, lambda least: not value >= least, "min_value"),
-        (rule.max_value, lambda most: not value <= most, "max_value"),
-    ):
-        if limit is not None and beyond(limit):
-            allowed = f"{'under the least' if name == 'min_value' else 'over the most'} allowed"
-            why = f"{version}: {scored}, {allowed} {console.figure(limit, unit)} (gate.{task}.{name})"
-            return Verdict(False, [why], figures)
+    if rule.min_value is not None and not value >= rule.min_value:
+        least = f"under the least allowed {console.figure(rule.min_value, unit)}"
+        return Verdict(False, [f"{version}: {scored}, {least} (gate.{task}.min_value)"], figures)
+    if rule.max_value is not None and not value <= rule.max_value:
+        most = f"over the most allowed {console.figure(rule.max_value, unit)}"
+        return Verdict(False, [f"{version}: {scored}, {most} (gate.{task}.max_value)"], figures)
     if champion is None:
         return Verdict(True, [f"first version: {scored}, no champion to compare with"], figures)
     if champion.generated and not version.generated:
@@ -119,7 +117,9 @@ def _judge(
             console.figure(one, unit, points=True) for one in (-difference, rule.max_drop)
         )
         return Verdict(
-            False, [f"{compared}: {worse} worse, {most} are allowed (gate.{task}.max_drop)"], figures
+            False,
+            [f"{compared}: {worse} worse, {most} are allowed (gate.{task}.max_drop)"],
+            figures,
         )
     return Verdict(True, [compared], figures)
 

@@ -199,7 +199,6 @@ class Task(ABC):
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """How well each tile was answered (tiles,): higher is better; NaN: nothing to say."""
 
-
     def gain(self, figure: str, value: float) -> float:
         """A figure's value so that more is better; what is no number is worst."""
         if np.isnan(value):

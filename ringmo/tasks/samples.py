@@ -85,7 +85,7 @@ class Samples:
         names = list(dict.fromkeys(table["mask_coding"]))
         numbers = torch.full((len(names), 256), UNKNOWN, dtype=torch.int64)
         of_tile = table["mask_coding"].map({name: i for i, name in enumerate(names)})
-        for i, coding in enumerate(names):
+        for i in range(len(names)):
             known = table["mask_names"].iloc[int((of_tile == i).to_numpy().argmax())]
             for number, name in enumerate(known):
                 # A change is one whatever its coding calls it.

@@ -5,7 +5,7 @@ and said from a probability of one half.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Scene(Task):
     parts = ("label",)
     padded = False
     metric = "accuracy"
-    columns = {"label": "string"}
+    columns: ClassVar = {"label": "string"}
 
     def usable(self, tiles: "pd.DataFrame") -> "pd.Series[bool]":
         return tiles["label"].notna()
@@ -149,7 +149,7 @@ class Scene(Task):
                 "recall": float(hit[i] / real[i]),
                 "tiles": int(real[i]),
             }
-            for i in np.flatnonzero(there)
+            for i in np.flatnonzero(there).tolist()
         ]
         return Figures(whole, rows)
 

@@ -65,7 +65,8 @@ def cut_corners(corners: Tensor, where: Tensor) -> Tensor:
         (n, 4, 2), as shares of the crop's side; in the same order around a mirrored object.
     """
     turn, middle = where[:, :2], where[:, 2]
-    return ((corners * 2 - 1 - middle) @ torch.linalg.inv(turn).T + 1) / 2
+    inside: Tensor = (corners * 2 - 1 - middle) @ torch.linalg.inv(turn).T
+    return (inside + 1) / 2
 
 
 def _grid(where: Tensor, size: int) -> Tensor:
