@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_pyramid import BACKBONES, EACH, RGB
+from backbones import BACKBONES
+from test_pyramid import EACH, RGB
 from torch import nn
 
 from ringmo.config import Model
