@@ -74,7 +74,7 @@ class TrainedModel(nn.Module):
     def forward(
         self, images: Tensor | Mapping[str, Tensor], sensor: str | None = None
     ) -> Tensor | Any:
-        """What the network says of a batch: of scenes logits (B, classes), of an encoder `features`.
+        """What the network says of a batch: of scenes logits (B, classes); an encoder `features`.
 
         Of another task, what its network gives in training.
 
