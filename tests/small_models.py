@@ -58,8 +58,11 @@ def write_model(
     made: nn.Module = encoder(model, bands, finetuning=bool(classes))
     if classes:
         made = Classifier(made, len(classes))
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    for name, parameter in made.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, float(name.endswith("weight")), std=0.2)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)

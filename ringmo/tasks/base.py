@@ -55,9 +55,7 @@ class Objects:
         return torch.cat((self.corners.amin(1), self.corners.amax(1)), 1)
 
     def to(self, device: torch.device | str) -> "Objects":
-        return Objects(
-            self.corners.to(device), self.labels.to(device), self.difficult.to(device)
-        )
+        return Objects(self.corners.to(device), self.labels.to(device), self.difficult.to(device))
 
 
 @dataclass
