@@ -33,6 +33,8 @@ VERBS = {
     "rollback": {"--by", "--reason"},
     "lineage": set(),
     "predict": {"--model", "--top", "--out", "--with"},
+    "embed": {"--model", "--out"},
+    "similar": {"--model", "--in", "--top", "--out"},
 }
 COMMON = {"-h", "--help", "--json", "--quiet", "--workspace"}
 
