@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo.config import Config
-from ringmo.data import places, store
+from ringmo.data import places, store, tables
 from ringmo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -436,7 +436,7 @@ def _labels(
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     codes, names = few(tiles, "label")
-    blank = np.array([*(not name.strip() for name in names), False])
+    blank = np.array([*(_nameless(name) for name in names), False])
     facts["label_named"] = ~blank[codes]
 
     masked = numbers(tiles, "mask_size") > 0
@@ -451,6 +451,11 @@ def _labels(
     facts["boxes_outside"] = np.nan_to_num(numbers(tiles, "boxes_outside"))
     facts["boxes_unnamed"] = _unnamed(tiles)
     return facts
+
+
+def _nameless(label: str) -> bool:
+    """Whether a label, or one of its classes, is blank, or they are not in order."""
+    return tables.joined(tables.classes_of(label)) != label.strip()
 
 
 def _unlike(tiles: "pyarrow.Table", kind: str) -> Texts:
@@ -670,20 +675,19 @@ def of_classes(
     seen = np.array([*(name == config.select.sensor for name in sensor_names), False])[sensors]
     labels, label_names = few(tiles, "label")
     splits, split_names = few(tiles, "split")
-    every = np.bincount(labels[labels >= 0], minlength=len(label_names))
-    counts = {
-        part: np.bincount(
-            labels[(labels >= 0) & seen & (splits == split_names.index(part))],
-            minlength=len(label_names),
-        )
-        if part in split_names
-        else np.zeros(len(label_names), np.int64)
-        for part in SPLITS
-    }
-    samples = np.bincount(labels[(labels >= 0) & seen], minlength=len(label_names))
-    largest = samples.max(initial=0)
+
+    def count(chosen: Flags) -> dict[str, int]:
+        found = np.bincount(labels[(labels >= 0) & chosen], minlength=len(label_names))
+        there = {n: int(c) for n, c in zip(label_names, found, strict=True) if c}
+        return tables.by_class(there)
+
+    every = count(np.ones(len(tiles), np.bool_))
+    number = {name: i for i, name in enumerate(split_names)}
+    counts = {part: count(seen & (splits == number.get(part, -2))) for part in SPLITS}
+    samples = count(seen)
+    largest = max(samples.values(), default=0)
     kinds = [
-        ("scene", "classes", {n: int(c) for n, c in zip(label_names, every, strict=True) if c}),
+        ("scene", "classes", every),
         ("masks", "mask_classes", summary["mask_classes"]),
         ("boxes", "box_classes", summary["box_classes"]),
     ]
@@ -710,11 +714,10 @@ def of_classes(
                 "share_change": moved.get(name),
             }
             if kind == "scene" and name not in lost:
-                at = label_names.index(name)
-                if not samples[at]:
+                if name not in samples:
                     continue  # of another sensor's tiles alone, which no task sees
-                row |= {part: counts[part][at] for part in SPLITS}
-                row |= {"samples": samples[at], "imbalance": largest / samples[at]}
+                row |= {part: counts[part].get(name, 0) for part in SPLITS}
+                row |= {"samples": samples[name], "imbalance": largest / samples[name]}
             elif name not in lost:
                 row[f"{kind}_tiles"] = tiles_of[kind].get(name)
             rows.append(row)
@@ -777,11 +780,10 @@ def rows_of_class(
     import pyarrow.compute as pc
 
     if kind == "scene":
-        labelled = pc.and_(
-            pc.equal(pc.cast(tiles["label"], "string"), name),
-            pc.equal(pc.cast(tiles["sensor"], "string"), config.select.sensor),
-        )
-        return _chosen(np.asarray(labelled.fill_null(False)))
+        codes, labels = few(tiles, "label")
+        of_class = np.array([*(name in tables.classes_of(label) for label in labels), False])
+        seen = pc.equal(pc.cast(tiles["sensor"], "string"), config.select.sensor)
+        return _chosen(of_class[codes] & np.asarray(seen.fill_null(False)))
     has = np.zeros(len(tiles), np.bool_)
     if kind == "boxes":
         for rows, _, _, classes in flat(tiles, "boxes_classes"):

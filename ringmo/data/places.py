@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ringmo.data.decode import decode
 from ringmo.data.measures import grey, thumbnail
 from ringmo.data.partners import SIDES, grids
+from ringmo.data.tables import SEPARATOR, by_class, classes_of
 
 if TYPE_CHECKING:
     import pandas
@@ -763,8 +764,17 @@ def _split(
     lowest = lowest.sort_values("key").drop_duplicates("place").sort_values("place")
     names = ("p" + lowest["key"]).to_numpy(np.object_)
 
+    digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
+    words_of = np.frombuffer(digests, ">u8").reshape(-1, 4)
+    wanted = [shares["test"], shares["val"]]
+    wanted.append(1 - sum(wanted))
+
     # Where one sensor's tiles have labels, the others' beside them are not to outvote them.
     labels, words = pd.factorize(_labels(new["label"]), sort=True)
+    codes, known_words = pd.factorize(known["label"])
+    if any(SEPARATOR in word for word in (*words, *known_words)):
+        chosen = _of_many_classes(place, labels, words, known, sizes, words_of, wanted)
+        return names[place], np.array(STRONGEST, np.object_)[chosen][place]
     votes = pd.DataFrame({"place": place, "label": labels})
     votes = votes.groupby(["place", "label"], sort=False).size().rename("votes").reset_index()
     nameless = np.array([word == "" for word in words], np.bool_)
@@ -773,29 +783,69 @@ def _split(
     votes = votes.sort_values(["place", "nameless", "votes", "label"])
     label = votes.drop_duplicates("place")["label"].to_numpy()
 
-    codes, known_words = pd.factorize(known["label"])
     have = np.bincount(4 * (codes + 1) + _ranks(known["split"]), minlength=4 * len(known_words) + 4)
     counts = {word: [0, 0, 0] for word in words}
     for word, of_word in zip(["", *known_words], have.reshape(-1, 4).tolist(), strict=True):
         if word in counts:
             counts[word] = [a + b for a, b in zip(counts[word], of_word[:3], strict=True)]
-    digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
-    words_of = np.frombuffer(digests, ">u8").reshape(-1, 4)
     order = np.lexsort((*words_of.T[::-1], -sizes))
 
-    wanted = [shares["test"], shares["val"]]
-    wanted.append(1 - sum(wanted))
     chosen = np.empty(len(names), np.int64)
     for i, size, of in zip(
         order.tolist(), sizes[order].tolist(), words[label[order]].tolist(), strict=True
     ):
         count = counts[of]
         total = sum(count) + size
-        lack = [round(share * total - has, 9) for share, has in zip(wanted, count, strict=True)]
-        split = lack.index(max(lack))
+        split = _lacks_most(wanted, count, total)
         count[split] += size
         chosen[i] = split
     return names[place], np.array(STRONGEST, np.object_)[chosen][place]
+
+
+def _lacks_most(wanted: list[float], count: list[int], total: int) -> int:
+    lack = [round(share * total - has, 9) for share, has in zip(wanted, count, strict=True)]
+    return lack.index(max(lack))
+
+
+def _of_many_classes(
+    place: Index,
+    labels: Index,
+    words: Any,
+    known: "pandas.DataFrame",
+    sizes: Index,
+    digests: NDArray[Any],
+    wanted: list[float],
+) -> Index:
+    """The split of each place where tiles have several classes.
+
+    Labels are too many to be parted one by one: a place goes where the rarest of its classes lacks
+    most, those of rare classes first (iterative stratification, Sechidis et al. 2011).
+    """
+    import pandas as pd
+
+    several = [classes_of(word) for word in words]
+    votes = pd.DataFrame({"place": place, "class": [several[label] for label in labels]})
+    votes = votes.explode("class").groupby(["place", "class"]).size().rename("votes").reset_index()
+    before = []
+    for split in STRONGEST[:3]:
+        found = known["label"][known["split"] == split].value_counts()
+        before.append(by_class({str(label): int(n) for label, n in found.items()}))
+    total = votes.groupby("class")["votes"].sum()
+    counts = {str(name): [of.get(str(name), 0) for of in before] for name in total.index}
+    rarity = {str(name): float(n) + sum(counts[str(name)]) for name, n in total.items()}
+    votes["rarity"] = votes["class"].map(rarity | {"": np.inf})
+    votes = votes.sort_values(["place", "rarity", "class"])
+    starts = [*np.flatnonzero(np.diff(votes["place"], prepend=-1)).tolist(), len(votes)]
+    classes, numbers = votes["class"].tolist(), votes["votes"].tolist()
+    rarest = votes["rarity"].to_numpy()[starts[:-1]]
+    chosen = np.empty(len(sizes), np.int64)
+    for i in np.lexsort((*digests.T[::-1], -sizes, rarest)).tolist():
+        first, last = starts[i], starts[i + 1]
+        count = counts[classes[first]]
+        chosen[i] = to = _lacks_most(wanted, count, sum(count) + numbers[first])
+        for name, number in zip(classes[first:last], numbers[first:last], strict=True):
+            counts[name][to] += number
+    return chosen
 
 
 def _ranks(splits: "pandas.Series[Any]") -> Index:
