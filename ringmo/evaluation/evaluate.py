@@ -52,13 +52,13 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     kind = tasks.find(task)
     device = str(choose_device(config.hardware))
     selection = workspace.work("select") / f"{task}.parquet"
+    if not len(SelectedTiles(workspace, selection, "test")):
+        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
     model, scratch = (
         bundle.load(workspace.work(f"{stage}@{task}") / "model", device)
         for stage in ("finetune", "scratch")
     )
     test, train = (model.tiles(workspace, selection, split) for split in ("test", "train"))
-    if not len(test):
-        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
 
     flips, samples = config.evaluate.flips, config.evaluate.bootstrap_samples
     places = test.table["place"].astype(str).tolist()
@@ -298,7 +298,7 @@ def _pictures(
         wrong = np.flatnonzero(~evidence["right"])
         chosen["worst"] = wrong[np.argsort(-evidence["confidence"][wrong], kind="stable")][:count]
     for name, rows in chosen.items():
-        title = f"{len(rows)} tiles, {name}"
+        title = f"the {len(rows)} {name} tiles"
         if "scores" in evidence and "label" in test.table:
             if name == "worst" and "right" in evidence:
                 title = f"{len(rows)} mistakes, the surest first" if len(rows) else "no mistakes"

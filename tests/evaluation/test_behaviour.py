@@ -160,7 +160,9 @@ class Threshold(nn.Module):
     def forward(self, images: Images) -> Tensor:
         of = images["rgb"][:, 0]
         if self.left:
-            of = torch.where(torch.arange(of.shape[-1]) < of.shape[-1] // 2, 1.0, -1.0).expand_as(of)
+            of = torch.where(torch.arange(of.shape[-1]) < of.shape[-1] // 2, 1.0, -1.0).expand_as(
+                of
+            )
         return 20 * torch.stack((-of, of), 1)
 
 
@@ -219,8 +221,7 @@ def test_answers_in_several_positions_are_put_together() -> None:
         answer = answered(bundle, sample, flips)
         assert isinstance(answer, Tensor) and len(turns) == flips
         by_hand = [
-            turned(find("segmentation").answer(bundle.model, sample.images), turn)
-            for turn in turns
+            turned(find("segmentation").answer(bundle.model, sample.images), turn) for turn in turns
         ]
         undone = torch.stack(by_hand).mean(0)
         assert flips > 4 or torch.allclose(answer, undone)  # these turns undo themselves
