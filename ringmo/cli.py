@@ -185,6 +185,19 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
     )
+
+    embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
+    embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
+    embed.add_argument("--out", metavar="FILE", required=True, help="GeoParquet, e.g. t.parquet")
+    similar = verb("similar", _similar, "find the tiles that look like an image")
+    similar.add_argument("image", metavar="IMAGE", help="a file, no larger than two tiles")
+    similar.add_argument(
+        "--in", metavar="FILE", dest="among", help="search what `embed` wrote; default: the store"
+    )
+    similar.add_argument("--top", type=int, default=10, metavar="N", help="tiles to show")
+    similar.add_argument("--out", metavar="FILE", help="the page; default: .ringmo/similar.html")
+    for added in (embed, similar):
+        added.add_argument("--model", metavar="REF", default="encoder@champion")
     return parser
 
 
@@ -635,3 +648,28 @@ def _predict(arguments: Arguments) -> int:
     )
     console.result({"predictions": answers}, predict.text(answers))
     return 0
+
+
+def _embed(arguments: Arguments) -> None:
+    from ringmo.inference import embed
+
+    config, workspace = _open(arguments)
+    out = Path(arguments.out)
+    done = embed.embed(config, workspace, arguments.source, arguments.model, out)
+    console.result(done, embed.text(done))
+
+
+def _similar(arguments: Arguments) -> None:
+    from ringmo.inference import similar
+
+    config, workspace = _open(arguments)
+    found = similar.similar(
+        config,
+        workspace,
+        Path(arguments.image),
+        arguments.model,
+        among=Path(arguments.among) if arguments.among else None,
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+    )
+    console.result(found, similar.text(found))

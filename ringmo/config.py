@@ -35,20 +35,23 @@ class About(Section):
 
     masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
-    masks, where folders' names do not say so. vector_class: the attribute of the vectors that
-    is their class.
+    masks, height_files: of those that are heights, where folders' names do not say so.
+    vector_class: the attribute of the vectors that is their class.
     """
 
     sensor: str | None = None
-    layout: Literal["auto", "classes", "masks", "change", "voc", "dota", "fair1m", "vectors"] = (
-        "auto"
-    )
+    layout: Literal[
+        "auto", "classes", "masks", "change", "voc", "dota", "fair1m", "coco", "vectors", "height"
+    ] = "auto"
     masks: str = "auto"
     mask_files: list[str] = []
+    height_files: list[str] = []
     vector_class: str | None = None
 
 
-MASK_CODINGS = ("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid")
+MASK_CODINGS = (
+    *("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid", "sen1floods11"),
+)
 
 
 class Ingest(Section):
@@ -177,6 +180,7 @@ class Sensor(Section):
 
 
 class Split(Section):
+    by: Literal["place", "block"] = "place"
     test: float = Field(0.2, gt=0, lt=1)
     val: float = Field(0.1, gt=0, lt=1)
     near_duplicate_bits: int = Field(3, ge=0, le=3)
@@ -198,6 +202,7 @@ class Validate(Section):
     max_cloud_share: Share = 0.8
     max_imbalance: float = Field(10, ge=1)
     min_tiles_per_class: Positive = 8
+    height_range: tuple[FiniteFloat, FiniteFloat] = (-500, 9000)
     retired_classes: list[str] = []
     max_share_change: Share = 0.1
     max_band_shift: float = Field(0.5, gt=0)
@@ -206,6 +211,12 @@ class Validate(Section):
         *("saturated", "cloud", "balance", "mask_tiles", "box_tiles", "boxes_inside"),
         *("class_shares", "band_means"),
     ]
+
+    @model_validator(mode="after")
+    def _a_range(self) -> "Validate":
+        if not self.height_range[0] < self.height_range[1]:
+            raise ValueError(f"height_range is [lowest, highest], found {list(self.height_range)}")
+        return self
 
 
 class Select(Section):
@@ -505,9 +516,10 @@ class Config(Section):
                 )
         for name in (self.select.sensor, *self.select.beside):
             if name not in self.pretrain.mix:
+                where = "sensor" if name == self.select.sensor else "beside"
                 raise ValueError(
-                    f"pretrain.mix: the tasks' sensor `{name}` (see select) is missing: give it a "
-                    f"share"
+                    f"pretrain.mix: the tasks' sensor `{name}` (select.{where}) is missing: give "
+                    f"it a share"
                 )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:

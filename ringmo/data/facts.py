@@ -29,9 +29,14 @@ NEEDED = [
     *("cloud_share", "band_means", "band_stds", "second", "mask_shard", "mask_offset"),
     *("mask_size", "mask_width", "mask_height", "mask_coding", "mask_counts", "boxes_shard"),
     *("boxes_offset", "boxes_size", "boxes_count", "boxes_outside", "boxes_classes"),
+    *("height_shard", "height_offset", "height_size", "height_width", "height_height"),
+    *("height_known", "height_min", "height_max", "height_mean", "height_std"),
 ]
 # Text of few values, read as numbers and a list of what they stand for.
-FEW = ["shard", "sensor", "crs", "split", "label", "mask_shard", "mask_coding", "boxes_shard"]
+FEW = [
+    *("shard", "sensor", "crs", "split", "label", "mask_shard", "mask_coding", "boxes_shard"),
+    "height_shard",
+]
 UNKNOWN = 255  # in a mask, where the class is not known
 
 Codings = Mapping[str, Sequence[str]]
@@ -160,6 +165,7 @@ def of_tiles(
     shared, partners = _shared(config, tiles, alike)
     facts |= shared
     facts |= _labels(tiles, shard_sizes, known)
+    facts |= _heights(config, tiles)
     return facts, partners
 
 
@@ -434,24 +440,55 @@ def _labels(
     facts["label_named"] = ~blank[codes]
 
     masked = numbers(tiles, "mask_size") > 0
-    sides = {n: numbers(tiles, n) for n in ("width", "height", "mask_width", "mask_height")}
-    facts["mask_unlike"] = told(
-        masked
-        & ((sides["mask_width"] != sides["width"]) | (sides["mask_height"] != sides["height"])),
-        lambda row: (
-            f"mask {sides['mask_width'][row]:.0f}x{sides['mask_height'][row]:.0f}, "
-            f"tile {sides['width'][row]:.0f}x{sides['height'][row]:.0f}"
-        ),
-    )
-    beyond = [
-        _beyond(tiles, [f"{kind}_{part}" for part in ("shard", "offset", "size")], shard_sizes)
-        for kind in ("mask", "boxes")
-    ]
-    facts["labels_beyond_shard"] = np.where(beyond[0] == None, beyond[1], beyond[0])  # noqa: E711
+    facts["mask_unlike"] = _unlike(tiles, "mask")
+    beyond = np.full(len(tiles), None, object)
+    for kind in store.LABELS:
+        names = [f"{kind}_{part}" for part in ("shard", "offset", "size")]
+        of_kind = _beyond(tiles, names, shard_sizes)
+        beyond = np.where(beyond == None, of_kind, beyond)  # noqa: E711
+    facts["labels_beyond_shard"] = beyond
     facts["mask_strange"] = _strange(tiles, masked, known)
     facts["boxes_outside"] = np.nan_to_num(numbers(tiles, "boxes_outside"))
     facts["boxes_unnamed"] = _unnamed(tiles)
     return facts
+
+
+def _unlike(tiles: "pyarrow.Table", kind: str) -> Texts:
+    """Tiles whose mask, or heights, are of another size."""
+    sides = [numbers(tiles, name) for name in ("width", "height", f"{kind}_width")]
+    wide, high, own_wide = sides
+    own_high = numbers(tiles, f"{kind}_height")
+    has = numbers(tiles, f"{kind}_size") > 0
+    return told(
+        has & ((own_wide != wide) | (own_high != high)),
+        lambda row: (
+            f"{kind} {own_wide[row]:.0f}x{own_high[row]:.0f}, tile {wide[row]:.0f}x{high[row]:.0f}"
+        ),
+    )
+
+
+def _heights(config: Config, tiles: "pyarrow.Table") -> dict[str, Any]:
+    has = numbers(tiles, "height_size") > 0
+    known, low, high, mean, std = (
+        numbers(tiles, f"height_{name}") for name in ("known", "min", "max", "mean", "std")
+    )
+    with np.errstate(invalid="ignore"):
+        slack = 1e-6 * np.maximum(np.abs(low), np.abs(high))  # a mean is rounded
+        sound = (known > 0) & (known <= 1) & (std >= 0) & np.isfinite(std)
+        sound &= (low - slack <= mean) & (mean <= high + slack) & np.isfinite(low + high)
+        least, most = config.validate_.height_range
+        beyond = has & ((low < least) | (high > most))
+    return {
+        "height_unlike": _unlike(tiles, "height"),
+        "height_unmeasured": told(
+            has & ~sound,
+            lambda row: (
+                f"{known[row]:.1%} known, {low[row]:g} to {high[row]:g} m, mean {mean[row]:g}, "
+                f"deviation {std[row]:g}"
+            ),
+        ),
+        "height_beyond": told(beyond, lambda row: f"{low[row]:g} to {high[row]:g} m"),
+    }
 
 
 def _strange(tiles: "pyarrow.Table", masked: Flags, known: Codings) -> Texts:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import About, Config, digest
-from ringmo.data import cluster, codings, decisions, facts, places, scan, store
+from ringmo.data import blocks, cluster, codings, decisions, facts, places, scan, store
 from ringmo.data.buckets import Bucket
 from ringmo.data.gather import Gathered, Gatherer, KnownTiles
 from ringmo.data.pipeline import in_order
@@ -60,7 +61,7 @@ def ingest(config: Config, workspace: Workspace) -> Report:
     """Bring the tile store to what the sources hold now.
 
     Report figures: images_found, images_read, tiles, new_tiles, new_shards, set_aside,
-    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, pairs,
+    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, heights, pairs,
     windows_skipped, places, biggest_place, near_duplicates, unused, images_per_s, unchanged,
     generated. Table `seconds`: what each part took.
 
@@ -144,7 +145,7 @@ def _ingest(config: Config, workspace: Workspace, made: Callable[[], None]) -> R
             report.notes.append(text)
             console.note(f"ingest: {text}")
         fresh = int(gathered.rows["place"].null_count)
-        links = _place(config, root, old, gathered, writer)
+        links = _place(config, root, old, gathered, writer, report)
         clock("place")
         writer.commit()
     except BaseException:
@@ -415,11 +416,17 @@ def _kind(reason: str) -> str:
 PLACED = [
     *("key", "source_root", "source", "sensor", "crs", "minx", "miny", "maxx", "maxy"),
     *("std", "phash", "label", "second", "shard", "offset", "size", "place", "split"),
+    *("row", "col", "width", "height"),
 ]
 
 
 def _place(
-    config: Config, root: Path, old: Old, gathered: Gathered, writer: store.ShardWriter
+    config: Config,
+    root: Path,
+    old: Old,
+    gathered: Gathered,
+    writer: store.ShardWriter,
+    report: Report,
 ) -> dict[str, int]:
     """Give new rows their place and split."""
     import pyarrow as pa
@@ -442,7 +449,12 @@ def _place(
     def fetch(shard: str, offset: int, size: int) -> bytes:
         return writer.read(shard, offset, size) or tiles.read(shard, offset, size)
 
-    new, counts = places.assign(
+    def tell(text: str) -> None:
+        report.notes.append(text)
+        console.note(f"ingest: {text}")
+
+    in_blocks = partial(blocks.assign, tell=tell)
+    new, counts = (in_blocks if config.split.by == "block" else places.assign)(
         known,
         rows.filter(fresh).to_pandas(),
         shares={"test": config.split.test, "val": config.split.val},
@@ -550,6 +562,7 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         "labelled": sum(labels.values()),
         "masks": len(rows) - rows["mask_shard"].null_count,
         "boxes": int(pc.sum(rows["boxes_count"]).as_py() or 0),
+        "heights": len(rows) - rows["height_shard"].null_count,
         "pairs": len(rows) - rows["second"].null_count,
         "windows_skipped": gathered.skipped,
         "places": len(sizes),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ringmo.data.decode import decode
 from ringmo.data.measures import grey, thumbnail
+from ringmo.data.partners import SIDES, grids
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +27,6 @@ Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Boxes = NDArray[np.float64]  # (N, 4): minx, miny, maxx, maxy
 
-SIDES = ("minx", "miny", "maxx", "maxy")
 # Which split a newcomer takes where it could take several: what must stay unseen goes first.
 STRONGEST = ("test", "val", "train", "unused")
 # Below this correlation of their thumbnails two tiles with near hashes are still two places.
@@ -411,14 +411,10 @@ def assign(
     counts = {"overlapping": 0, "near_duplicates": 0, "unused": 0}
 
     place_codes, places = pd.factorize(known["place"])
-    scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
-    group = np.concatenate([place_codes, len(places) + scenes]).astype(np.int64)
-    group, _ = _join(group, _second_dates(known, new))
-    footprints = pd.DataFrame({name: both(name).array for name in ("crs", *SIDES)})
-    group, counts["overlapping"] = _join(group, overlaps(footprints, fresh))
+    group, counts["overlapping"] = ground(known, new)
 
     textured = both("std").to_numpy(np.float64) >= blank_std
-    hashes = _hashes(both("phash"), textured)
+    hashes = perceptual(both("phash"), textured)
     sensors, _ = pd.factorize(both("sensor"))
     addresses = [
         [table[name].array for name in ("shard", "offset", "size")] for table in (known, new)
@@ -435,8 +431,8 @@ def assign(
             i -= first * (i >= first)
             return fetch(str(shard[i]), int(offset[i]), int(size[i]))
 
-        alike.append(rows[_look_alikes(hashes[rows], near_bits, fresh[rows], group[rows], look)])
-    group, counts["near_duplicates"] = _join(group, np.concatenate(alike))
+        alike.append(rows[look_alikes(hashes[rows], near_bits, fresh[rows], group[rows], look)])
+    group, counts["near_duplicates"] = join(group, np.concatenate(alike))
 
     name, split = _inherit(known, place_codes, places, group)
     unseen = np.flatnonzero(split == "")
@@ -446,7 +442,51 @@ def assign(
     return new.assign(place=name, split=split).astype({"place": "str", "split": "str"}), counts
 
 
-def _join(group: Index, pairs: Index) -> tuple[Index, int]:
+def ground(known: "pandas.DataFrame", new: "pandas.DataFrame") -> tuple[Index, int]:
+    """Groups of tiles, known ones first, that share ground or a place, and how many pairs of
+    groups overlap.
+
+    The tiles of one scene are of one group, as are the two dates of a change pair, and what
+    several sensors saw of one place: by its footprint, or without coordinates by its name.
+    """
+    import pandas as pd
+
+    codes, places = pd.factorize(known["place"])
+    scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
+    group = np.concatenate([codes, len(places) + scenes]).astype(np.int64)
+    group, _ = join(group, second_dates(known, new))
+    footprints = pd.concat([t[["crs", *SIDES]] for t in (known, new)], ignore_index=True)
+    fresh = np.arange(len(footprints)) >= len(known)
+    group, overlapping = join(group, overlaps(footprints, fresh))
+    group, _ = join(group, _partners(known, new))
+    return group, overlapping
+
+
+def _partners(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
+    """Pairs of rows without coordinates, known ones counted first, that are of one ground by
+    their names."""
+    import pandas as pd
+
+    wanted = ["crs", *SIDES, "sensor", "source", "source_root", "row", "col", "width", "height"]
+    rows = [np.flatnonzero(table["crs"].isna()) for table in (known, new)]
+    some = [table[wanted].iloc[at] for table, at in zip((known, new), rows, strict=True)]
+    if not len(rows[1]):
+        return np.empty((0, 2), np.int64)
+    # Newcomers first: what joins known ones is always one of them.
+    codes = grids(pd.concat(some[::-1], ignore_index=True))
+    codes[~np.isin(codes, codes[: len(rows[1])])] = -1
+    at = np.concatenate([rows[1] + len(known), rows[0]])
+    return at[stars(codes)]
+
+
+def stars(codes: Index) -> Index:
+    """Pairs of rows that join all rows of a code; -1 is none."""
+    rows = np.flatnonzero(codes >= 0)
+    _, heads, inverse = np.unique(codes[rows], return_index=True, return_inverse=True)
+    return np.stack([rows[heads[inverse]], rows], axis=1)
+
+
+def join(group: Index, pairs: Index) -> tuple[Index, int]:
     """Groups (N,), numbered from 0, once those of each pair of rows are one; and how many fewer."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -462,7 +502,7 @@ def _join(group: Index, pairs: Index) -> tuple[Index, int]:
     return labels[group].astype(np.int64), before - int(after)
 
 
-def _second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
+def second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
     """Pairs of rows, known ones counted first, of which one is the other's second date."""
     import pandas as pd
 
@@ -486,7 +526,7 @@ def _second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
     return np.concatenate(pairs)
 
 
-def _hashes(column: "pandas.Series[Any]", wanted: Flags) -> NDArray[np.uint64]:
+def perceptual(column: "pandas.Series[Any]", wanted: Flags) -> NDArray[np.uint64]:
     """Perceptual hashes of 16 hex digits as numbers; 0 where none is wanted."""
     import pyarrow as pa
 
@@ -574,7 +614,7 @@ def _alike(
     return scale > 0 and float(one @ two) / scale > SAME_CORRELATION
 
 
-def _look_alikes(
+def look_alikes(
     hashes: NDArray[np.uint64], bits: int, new: Flags, group: Index, fetch: Callable[[int], bytes]
 ) -> Index:
     """Pairs (N, 2) of near hashes that look alike, as many as join all groups that such pairs do.
@@ -598,7 +638,7 @@ def _look_alikes(
     members = members[np.argsort(classes, kind="stable")]
     sizes = np.bincount(classes, minlength=len(there))
     starts = np.cumsum(sizes) - sizes
-    cluster = _join(np.arange(len(there)), pairs)[0][pairs[:, 0]]
+    cluster = join(np.arange(len(there)), pairs)[0][pairs[:, 0]]
     # Identical ones first: that leaves the fewest apart.
     order = np.lexsort((pairs[:, 1], pairs[:, 0], pairs[:, 0] != pairs[:, 1], cluster))
     pairs, cluster = pairs[order], cluster[order]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 UNREADABLE = "unreadable"  # in place of a hash: permissions can change without a trace
-PARTS = ("image", "mask", "boxes")
+PARTS = ("image", *store.LABELS)
 # Columns beside the manifest's: the image's number in its batch, and where in the spool file the
 # tile's members begin and end.
 SPOOLED = {"number": "int32"} | {f"{p}_{end}": "int64" for p in PARTS for end in ("start", "end")}
@@ -230,7 +230,7 @@ def _labels(
     if not image.attachments:
         return None
     transform = crs = None
-    if any(one.part == "vectors" for one in image.attachments):
+    if any(one.part in ("vectors", "height") for one in image.attachments):
         transform, crs = scenes.georeference(image.file)
     labels = Labels(image, size, settings.ingest.mask_codings, crs, transform)
     return stack.enter_context(labels)

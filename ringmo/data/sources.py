@@ -53,9 +53,10 @@ UNLABELLED = {"unlabelled", "unlabeled"}
 class Attachment:
     """A file or an object that belongs to an image.
 
-    part: `mask`, `boxes` or `vectors`. path: below the source, posix. base: the folder in which
-    `path` begins, or to which a bucket's objects come. shared: with other images, so that
-    `forget` leaves it until the whole folder of fetched objects goes.
+    part: `mask`, `boxes`, `vectors` or `height`. path: below the source, posix. base: the folder
+    in which `path` begins, or to which a bucket's objects come. shared: with other images, so that
+    `forget` leaves it until the whole folder of fetched objects goes. data: what it says of this
+    image, where one file has the labels of many; size and time are then of this alone.
     """
 
     part: str
@@ -65,6 +66,7 @@ class Attachment:
     mtime_ns: int
     bucket: Bucket | None = None
     shared: bool = False
+    data: bytes | None = None
 
     @property
     def file(self) -> Path:
@@ -145,6 +147,8 @@ class Image:
 
 
 def _fetch(one: Image | Attachment) -> None:
+    if isinstance(one, Attachment) and one.data is not None:
+        return
     if one.bucket is not None and not one.file.exists():
         one.bucket.fetch(one.path, one.file)
 
@@ -500,8 +504,21 @@ def _label(images: list[Image], layout: str) -> str | None:
             return f"its folders are a layout ({', '.join(sorted(of_layout))}), not classes"
         if len(names) < 2:
             return None
+        if _see_the_same(images):
+            return "its folders see the same places: they are sensors, not classes"
     for folder, members in claimed.items():
         label = folder.rpartition("/")[2]
         for image in members:
             image.label = label
     return None
+
+
+def _see_the_same(images: list[Image]) -> bool:
+    """Whether images of several folders share one label."""
+    owner: dict[str, str] = {}
+    for image in images:
+        folder = image.path.rpartition("/")[0]
+        for one in image.attachments:
+            if one.shared and owner.setdefault(one.path, folder) != folder:
+                return True
+    return False
