@@ -47,7 +47,7 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
 
     changes = versions.changed(place)
     for stage in versions.stages(place):
-        if not _wanted(place, stage.name):
+        if not _wanted(config, place, stage.name):
             continue
         why = list(changes.get(stage.name, []))
         if not why and any(not cached.get(name, True) for name in stage.upstream):
@@ -72,6 +72,7 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
     return chain.summary(config, place, cached)
 
 
-def _wanted(place: Workspace, stage: str) -> bool:
-    """Without labels the chain ends after the encoder."""
-    return "@" not in stage or chain.labelled(place)
+def _wanted(config: Config, place: Workspace, stage: str) -> bool:
+    """A task without labels has no stages; without any, the chain ends after the encoder."""
+    _, at, task = stage.partition("@")
+    return not at or task in chain.labelled(config, place)

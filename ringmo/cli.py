@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringmo import __version__, console
+from ringmo import __version__, console, tasks
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
-TASKS = ("scene",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,8 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    kinds = f"one of {', '.join(tasks.names())}"
+
     def task_argument(added: argparse.ArgumentParser, *more: str) -> None:
-        added.add_argument("task", choices=(*TASKS, *more), metavar="TASK", help="e.g. scene")
+        added.add_argument("task", choices=(*tasks.names(), *more), metavar="TASK", help=kinds)
 
     def settings_arguments(added: argparse.ArgumentParser) -> None:
         added.add_argument(
@@ -100,6 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = verb("run", _run, "run the whole chain: new imagery in, the better model in production")
     settings_arguments(run)
+    run.add_argument(
+        "--task",
+        metavar="NAME",
+        action="extend",
+        nargs="+",
+        choices=tasks.names(),
+        help=f"what to fine-tune for: {', '.join(tasks.names())}",
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would run, and why")
 
     init = verb("init", _init, "make a workspace")
@@ -147,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings_arguments(compare)
 
     models = verb("models", _models, "versions, aliases and figures of the registered models")
-    models.add_argument("task", nargs="?", choices=(*TASKS, "encoder"), metavar="TASK")
+    models.add_argument("task", nargs="?", choices=(*tasks.names(), "encoder"), metavar="TASK")
     models.add_argument("--history", action="store_true", help="every promotion and rollback")
     promote = verb("promote", _promote, "make a version the champion")
     promote.add_argument("ref", metavar="MODEL", help="a version, as scene/7; scene: its candidate")
@@ -160,11 +169,22 @@ def build_parser() -> argparse.ArgumentParser:
     lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
     lineage.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
 
-    predict = verb("predict", _predict, "label images with a registered model")
+    predict = verb("predict", _predict, "answer for images with a registered model")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     predict.add_argument("--model", metavar="REF", default="scene@champion")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="labels to show")
-    predict.add_argument("--out", metavar="DIR", help="write predictions.json there")
+    predict.add_argument(
+        "--with",
+        dest="beside",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="what else the model reads of the same ground: second=FILE (the later date) or a "
+        "sensor's name; a folder has files of the same names",
+    )
+    predict.add_argument(
+        "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
+    )
     return parser
 
 
@@ -213,6 +233,8 @@ def _changes(arguments: Arguments) -> dict[str, Any]:
             raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
         changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
     changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
+    if getattr(arguments, "task", None):
+        changes["tasks"] = list(dict.fromkeys(arguments.task))
     if arguments.data:
         changes["ingest.sources"] = [_source(arguments.data)]
     return changes
@@ -538,9 +560,11 @@ def _models(arguments: Arguments) -> None:
 
     _, workspace = _open(arguments)
     if arguments.history:
-        tasks = [arguments.task] if arguments.task else [*TASKS, "encoder"]
+        models = [arguments.task] if arguments.task else [*tasks.names(), "encoder"]
         moves = [
-            {"model": task, **row} for task in tasks for row in promotion.history(workspace, task)
+            {"model": model, **row}
+            for model in models
+            for row in promotion.history(workspace, model)
         ]
         names = ("model", "when", "what", "from", "to", "who", "why")
         text = console.table([[row.get(name) or "-" for name in names] for row in moves], names)
@@ -598,12 +622,16 @@ def _predict(arguments: Arguments) -> int:
     from ringmo.inference import predict
 
     _, workspace = _open(arguments)
+    for given in arguments.beside:
+        if "=" not in given:
+            raise BadInput(f"--with {given}: expected NAME=PATH, as second=later.tif")
     answers = predict.predict(
         workspace,
         arguments.images,
         arguments.model,
         top=arguments.top,
         out=Path(arguments.out) if arguments.out else None,
+        beside=dict(given.split("=", 1) for given in arguments.beside),
     )
     console.result({"predictions": answers}, predict.text(answers))
-    return 0 if any("label" in answer for answer in answers) else BadInput.exit_code
+    return 0

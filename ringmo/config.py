@@ -209,8 +209,17 @@ class Validate(Section):
 
 
 class Select(Section):
+    """beside: further sensors that a task's model reads with `sensor`, of the very same ground."""
+
     sensor: str = "rgb"
+    beside: list[str] = []
     labels_per_class: Positive | None = None
+
+    @model_validator(mode="after")
+    def _others(self) -> "Select":
+        if len({self.sensor, *self.beside}) <= len(self.beside):
+            raise ValueError("beside: sensors other than `sensor`, each once")
+        return self
 
 
 class Model(Section):
@@ -310,9 +319,16 @@ class Pretrain(Training):
 
 
 class Finetune(Training):
+    """Of one task. What only some tasks have is refused elsewhere: see `Config`."""
+
     image_size: Annotated[int, Field(ge=16)] | None = None
     window_size: Positive | None = None
+    freeze: bool = False
+    early_stop: Positive | None = None
     layer_decay: Ratio = 1.0
+    class_weights: Literal["none", "balanced"] = "none"
+    heights: Literal["absolute", "above_lowest"] = "absolute"
+    multi_label: bool = False
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
@@ -351,6 +367,7 @@ class Hardware(Section):
 
 
 class Evaluate(Section):
+    flips: Literal[1, 2, 4, 8] = 1
     histogram_baseline: bool = True
     bootstrap_samples: int = Field(1000, ge=100)
     worst: Positive = 24
@@ -376,12 +393,16 @@ class Compare(Section):
 
 
 class Gate(Section):
-    metric: Literal["accuracy", "mean_f1"] = "accuracy"
-    max_drop: Share = 0.03
-    min_value: Share = 0.0
+    """metric: a figure of the task's; null: its main one. max_drop: in its unit."""
+
+    metric: str | None = None
+    max_drop: float = Field(0.03, ge=0)
+    min_value: float | None = None
+    max_value: float | None = None
 
 
 class Run(Section):
+    side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
     retry_delay_s: float = Field(10, ge=0)
     stage_time_limit_min: float = Field(720, gt=0)
@@ -409,7 +430,7 @@ class Config(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     schema_version: Literal[1] = Field(alias="schema")
-    tasks: list[Literal["scene"]]
+    tasks: list[str] = Field(min_length=1)
     ingest: Ingest
     sensors: dict[str, Sensor]
     split: Split
@@ -417,15 +438,27 @@ class Config(Section):
     select: Select
     model: Model
     pretrain: Pretrain
-    finetune: dict[Literal["scene"], Finetune]
+    finetune: dict[str, Finetune]
     hardware: Hardware = Hardware()
     evaluate: Evaluate
     compare: Compare = Compare()
-    gate: dict[Literal["scene"], Gate]
+    gate: dict[str, Gate]
     run: Run
     schedule: Schedule
     versioning: Versioning
     services: Services
+
+    @field_validator("tasks", "finetune", "gate")
+    @classmethod
+    def _tasks_there_are(cls, given: Any) -> Any:
+        from ringmo import tasks
+
+        for name in given:
+            if name not in tasks.names():
+                raise ValueError(tasks.unknown(name))
+        if isinstance(given, list) and len(set(given)) < len(given):
+            raise ValueError("each may stand here once")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -435,36 +468,27 @@ class Config(Section):
                     f"ingest.about: {source}: `{about.sensor}` is not among sensors "
                     f"({', '.join(self.sensors)})"
                 )
-        if self.select.sensor not in self.sensors:
-            raise ValueError(
-                f"select.sensor: `{self.select.sensor}` is not among sensors "
-                f"({', '.join(self.sensors)})"
-            )
+        for name in (self.select.sensor, *self.select.beside):
+            if name not in self.sensors:
+                raise ValueError(
+                    f"select: `{name}` is not among sensors ({', '.join(self.sensors)})"
+                )
         for name in self.pretrain.mix:
             if name not in self.sensors:
                 raise ValueError(
                     f"pretrain.mix: `{name}` is not among sensors ({', '.join(self.sensors)})"
                 )
-        if self.select.sensor not in self.pretrain.mix:
-            raise ValueError(
-                f"pretrain.mix: the tasks' sensor `{self.select.sensor}` (select.sensor) is "
-                f"missing: give it a share"
-            )
+        for name in (self.select.sensor, *self.select.beside):
+            if name not in self.pretrain.mix:
+                raise ValueError(
+                    f"pretrain.mix: the tasks' sensor `{name}` (see select) is missing: give it a "
+                    f"share"
+                )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
-            settings, size = self.finetune[task], self.finetune[task].sized(self.model).image_size
-            if settings.test_resize is not None and settings.test_resize < size:
-                raise ValueError(
-                    f"finetune.{task}.test_resize: {settings.test_resize} is less than the "
-                    f"{size} pixels that are cut from it"
-                )
-            sensor = self.sensors[self.select.sensor]
-            if settings.rand_augment and (len(sensor.bands), sensor.dtype) != (3, "uint8"):
-                raise ValueError(
-                    f"finetune.{task}.rand_augment: is for 8-bit colours, `{self.select.sensor}` "
-                    f"has {len(sensor.bands)} bands of {sensor.dtype}: set 0"
-                )
+        for task, settings in self.finetune.items():
+            self._check_task(task, settings)
         method = self.pretrain.method
         if method == "mae" and (self.model.backbone, self.model.position) != ("vit", "sincos"):
             raise ValueError(
@@ -479,6 +503,38 @@ class Config(Section):
                 f"model.image_size ({self.model.image_size})"
             )
         return self
+
+    def _check_task(self, task: str, settings: Finetune) -> None:
+        where = f"finetune.{task}"
+        if task in self.tasks:
+            size = settings.sized(self.model).image_size
+            if settings.test_resize is not None and settings.test_resize < size:
+                raise ValueError(
+                    f"{where}.test_resize: {settings.test_resize} is less than the {size} pixels "
+                    f"that the model reads of it"
+                )
+        sensor = self.sensors[self.select.sensor]
+        if settings.rand_augment and (len(sensor.bands), sensor.dtype) != (3, "uint8"):
+            raise ValueError(
+                f"{where}.rand_augment: is for 8-bit colours, `{self.select.sensor}` "
+                f"has {len(sensor.bands)} bands of {sensor.dtype}: set 0"
+            )
+        # Mixed or covered images have no true mask and no true boxes.
+        only = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": 0.0}
+        only |= {"multi_label": False}
+        for name, off in only.items():
+            if task != "scene" and getattr(settings, name) != off:
+                raise ValueError(f"{where}.{name}: is for scene alone: leave it out")
+        if task != "height" and settings.heights != "absolute":
+            raise ValueError(f"{where}.heights: is for height alone: leave it out")
+        mixes = settings.mixup or settings.cutmix or settings.random_erasing
+        if self.select.beside and (mixes or settings.rand_augment):
+            raise ValueError(
+                f"{where}: mixup, cutmix, random_erasing and rand_augment are for one sensor: set "
+                f"them to 0, or select.beside to []"
+            )
+        if settings.multi_label and (settings.mixup or settings.cutmix):
+            raise ValueError(f"{where}.multi_label: goes without mixup and cutmix: set them to 0")
 
     @classmethod
     def load(cls, path: Path) -> "Config":

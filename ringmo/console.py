@@ -79,3 +79,28 @@ def progress(label: str, total: int) -> Iterator[Progress]:
     """`with progress("ingest", n) as bar: bar.advance()`."""
     with Progress(label, total) as bar:
         yield bar
+
+
+def figure(value: float | None, unit: str = "%", *, points: bool = False) -> str:
+    """A figure for people: shares in %, differences of shares in points, lengths in metres."""
+    if value is None:
+        return "-"
+    if unit == "m":
+        return f"{value:.2f} m"
+    return f"{100 * value:.1f} {'points' if points else unit}"
+
+
+def interval(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    unit: str = "%",
+    *,
+    points: bool = False,
+) -> str:
+    """A figure with its 95 % interval, where it has one."""
+    said = figure(value, unit, points=points)
+    if value is None or low is None or high is None:
+        return said
+    times, digits = (1, 2) if unit == "m" else (100, 1)
+    return f"{said} ({times * low:.{digits}f} to {times * high:.{digits}f})"

@@ -34,7 +34,7 @@ from ringmo import console
 from ringmo.config import Config
 from ringmo.data import store
 from ringmo.data.loading import SelectedTiles
-from ringmo.data.selection import TASK_COLUMNS, fewer_labels, resolved
+from ringmo.data.selection import columns, fewer_labels, resolved
 from ringmo.errors import BadInput
 from ringmo.evaluation import metrics, pictures, probes
 from ringmo.evaluation.evaluate import histograms
@@ -424,7 +424,7 @@ class _Comparison:
         """Features of an encoder, or a classifier's probabilities, of every tile, uncropped."""
         order = np.arange(len(tiles))
         answers = [
-            bundle.answer(model, batch.images.to(self.device), meta, self.sensor).cpu().numpy()
+            bundle.features(model, batch.images.to(self.device), meta, self.sensor)
             for batch in tiles.batches(order, BATCH, bundle.read_size(meta))
         ]
         return np.concatenate(answers) if answers else np.zeros((0, 1), np.float32)
@@ -440,7 +440,7 @@ class _Comparison:
 
         few = fewer_labels(self.train.table, labels, seed)
         repeated = few.iloc[np.resize(np.arange(len(few)), self.length)]
-        store.write_table(path, pd.concat([repeated, self.val.table]), TASK_COLUMNS)
+        store.write_table(path, pd.concat([repeated, self.val.table]), columns(self.config, TASK))
 
     @cached_property
     def _described(self) -> tuple[Tensor, Tensor, Tensor]:

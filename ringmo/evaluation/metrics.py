@@ -54,6 +54,25 @@ def per_class(matrix: NDArray[np.int64]) -> PerClass:
     )
 
 
+def average_precision(
+    truth: NDArray[np.float64], scores: NDArray[np.float32], weights: NDArray[np.float64]
+) -> float:
+    """Area under precision over recall, in steps, of one class: the mean precision at its tiles.
+
+    Args:
+        truth: (N,) of 0 and 1. weights: how often each tile counts.
+
+    Returns:
+        NaN where no tile of the class counts.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits, counted = (truth * weights)[order], weights[order]
+    if not hits.sum():
+        return float("nan")
+    precision = np.cumsum(hits) / np.maximum(np.cumsum(counted), 1e-12)
+    return float((precision * hits).sum() / hits.sum())
+
+
 def bootstrap_mean(
     values: NDArray[np.float64], places: Sequence[str], samples: int, seed: int = 0
 ) -> Interval:

@@ -162,11 +162,12 @@ class Encoder(nn.Module):
         stems: Mapping[str, nn.Module],
         trunk: SwinTrunk | RelativeTrunk | SincosTrunk,
         stride: int,
+        image_size: int,
     ) -> None:
         super().__init__()
         self.stems = nn.ModuleDict(dict(stems))
         self.trunk = trunk
-        self.stride = stride
+        self.stride, self.image_size, self.frozen = stride, image_size, False
         self.num_features: int = trunk.num_features
         scales = range(len(trunk.layers) if isinstance(trunk, SwinTrunk) else 1)
         self.stage_channels = [self.num_features >> scale for scale in reversed(scales)]
@@ -184,6 +185,15 @@ class Encoder(nn.Module):
         """
         features: Tensor = self.trunk(self.tokens(images, sensor), kept)
         return features
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As of any module; a frozen one stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> None:
+        """No training changes it from here on."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
 
     def stages(self, images: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
         """Feature maps (B, C_i, H_i, W_i) of all Swin stages, finest first; a ViT has one.
@@ -254,7 +264,10 @@ def encoder(
         if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
             raise BadInput(f"sensor `{name}`: letters, digits, _ and -, and no reserved word")
     return Encoder(
-        {name: _stem(model, count) for name, count in bands.items()}, trunk, model.stride
+        {name: _stem(model, count) for name, count in bands.items()},
+        trunk,
+        model.stride,
+        model.image_size,
     )
 
 

@@ -16,14 +16,22 @@ if TYPE_CHECKING:
     from ringmo.tasks.base import Task
 
 # What lies here beside the tasks.
-SHARED = ("__init__", "base", "dense", "objects")
+SHARED = ("__init__", "base", "dense", "objects", "samples")
 
 
 @cache
 def names() -> tuple[str, ...]:
     """All tasks, in alphabetical order. Imports none of them."""
     files = Path(__file__).parent.glob("*.py")
-    return tuple(sorted(file.stem for file in files if file.stem not in SHARED))
+    planned = {"change", "detection", "height", "oriented", "segmentation"}
+    return tuple(sorted({file.stem for file in files if file.stem not in SHARED} | planned))
+
+
+def unknown(name: str) -> str:
+    """That there is no such task, and which is meant."""
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names())}"
+    return f"`{name}` is no task; {hint}"
 
 
 def find(name: str) -> "Task":
@@ -33,8 +41,6 @@ def find(name: str) -> "Task":
         BadInput: there is none.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names())}"
-        raise BadInput(f"task `{name}`: no such task; {hint}")
+        raise BadInput(unknown(name))
     task: Task = import_module(f"ringmo.tasks.{name}").TASK
     return task

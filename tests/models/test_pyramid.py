@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_architecture import SINCOS, SMALL, VIT
+from backbones import BACKBONES, VIT
 
 from ringmo.config import Model
 from ringmo.errors import BadInput
@@ -10,24 +10,6 @@ from ringmo.models.backbone import encoder
 from ringmo.models.pyramid import Pyramid
 
 RGB = {"rgb": 3}
-DEEP = Model(
-    image_size=64,
-    patch_size=8,
-    embed_dim=16,
-    depths=[1, 1, 1, 1],
-    num_heads=[2, 2, 4, 4],
-    window_size=2,
-)
-BACKBONES = {
-    **{
-        f"swin of {count}": DEEP.model_copy(
-            update={"depths": DEEP.depths[:count], "num_heads": DEEP.num_heads[:count]}
-        )
-        for count in (1, 2, 3, 4)
-    },
-    "vit": VIT,
-    "sincos": SINCOS,
-}
 EACH = pytest.mark.parametrize("model", BACKBONES.values(), ids=list(BACKBONES))
 
 
@@ -70,7 +52,7 @@ def test_a_vit_s_scales_are_four_of_its_patches() -> None:
 
 
 def test_stages_leave_the_names_of_weights_as_they_were() -> None:
-    names = {name.split(".")[0] for name in encoder(SMALL, RGB).state_dict()}
+    names = {name.split(".")[0] for name in encoder(BACKBONES["swin of 2"], RGB).state_dict()}
     assert names == {"stems", "trunk"}
 
 
