@@ -85,7 +85,7 @@ def test_loaded_model_answers_as_the_written_one(tmp_path: Path) -> None:
     )
     loaded.check_example()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 2
+    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 3
 
 
 def test_probabilities_for_images_of_any_size(scene: Path) -> None:
