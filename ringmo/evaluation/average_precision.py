@@ -201,8 +201,8 @@ class Ranked:
                 for size in range(len(SIZES))
             ]
         ).reshape(len(SIZES), 1, classes)
-        wanted = np.broadcast_to(wanted, self.shape)
-        return Curves(self, wanted, gain, right, answers)
+        every = np.broadcast_to(wanted.astype(np.float64), self.shape)
+        return Curves(self, every, gain, right, answers)
 
 
 @dataclass
