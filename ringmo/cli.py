@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
+SHOWN_ROWS = 40  # of a report's table; a longer one is in its files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -322,11 +323,14 @@ def _deploy(arguments: Arguments) -> None:
 
 
 def _print_report(report: "Report") -> int:
-    figures = [(name, value) for name, value in report.figures.items() if value not in (None, {})]
-    text = f"{report.stage}: done in {report.seconds:.1f} s\n{console.table(figures)}"
     from dataclasses import asdict
 
-    console.result(asdict(report), text.rstrip())
+    parts = [f"{report.stage}: done in {report.seconds:.1f} s", console.figures(report.figures)]
+    for name, rows in report.tables.items():
+        if rows and len(rows) <= SHOWN_ROWS:
+            cells = console.folded(rows)
+            parts += [f"\n{name.replace('_', ' ')}", console.table(*cells)]
+    console.result(asdict(report), "\n".join([*parts, *report.notes]).rstrip())
     return report.exit_code
 
 
