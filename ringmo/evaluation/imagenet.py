@@ -99,7 +99,8 @@ def _fetch(name: str, file: Path) -> str | None:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever its hub's client, its cache or the network raise
-        return str(error).strip().splitlines()[0][:120] if str(error).strip() else repr(error)
+        said = str(error).strip().split(". ")[0].splitlines()
+        return said[0][:120] if said else repr(error)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     save_file({name: of.contiguous() for name, of in model.state_dict().items()}, temporary)

@@ -78,7 +78,10 @@ def test_three_colours_are_learnt_and_told(filled: Any) -> None:
         {
             "sensor": "rgb",
             "tiles": 12,
-            **{"accuracy": 1.0, "accuracy_low": 1.0, "accuracy_high": 1.0, "mean_f1": 1.0},
+            "accuracy": 1.0,
+            "accuracy_low": 1.0,
+            "accuracy_high": 1.0,
+            "mean_f1": 1.0,
         }
     ]
     assert [row["gsd"] for row in both["per_gsd"]] == ["unknown"]
@@ -189,7 +192,11 @@ def test_each_group_of_tiles_has_its_own_figures() -> None:
         "confidence": np.ones(6),
     }
     table = pd.DataFrame(
-        {"gsd_m": [0.2, 0.3, 20.0, 20.0, None, None], "place": list("aabcde"), "key": list("abcdef")}
+        {
+            "gsd_m": [0.2, 0.3, 20.0, 20.0, None, None],
+            "place": list("aabcde"),
+            "key": list("abcdef"),
+        }
     )
     tiles: Any = SimpleNamespace(table=table)
     rows = _groups(find("scene"), evidence, ["a", "b"], tiles, "gsd_m", 200)
