@@ -385,21 +385,46 @@ class Evaluate(Section):
 
 
 class Compare(Section):
-    """`ringmo compare`: the first of `methods` is the one that is compared with all others."""
+    """`ringmo compare`: the first of `initialisations` is compared with all others.
 
-    methods: list[Literal["ringmo", "simmim", "mae"]] = Field(
-        default=["ringmo", "simmim"], min_length=1
-    )
-    labels_per_class: list[Positive] = Field(default=[5, 20, 80], min_length=1)
+    They are methods of pre-training, `scratch`, `imagenet` (timm's weights), a registered encoder
+    (encoder/3, encoder@champion) or the folder of an encoder's bundle.
+    """
+
+    tasks: list[str] | None = None
+    initialisations: list[str] = Field(default=["ringmo", "simmim", "scratch"], min_length=1)
+    labels: dict[str, Annotated[list[Positive], Field(min_length=1)]] = {}
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 2, 3], min_length=1)
     finetune_steps: Positive = 1000
     scratch_equal_total: bool = True
 
-    @field_validator("methods", "labels_per_class", "seeds")
+    @field_validator("tasks", "initialisations", "seeds")
     @classmethod
-    def _once_each(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) < len(values):
+    def _once_each(cls, values: list[Any] | None) -> list[Any] | None:
+        if values is not None and len(set(values)) < len(values):
             raise ValueError("each may stand here once")
+        return values
+
+    @field_validator("labels")
+    @classmethod
+    def _counts_once(cls, labels: dict[str, list[int]]) -> dict[str, list[int]]:
+        for task, counts in labels.items():
+            if len(set(counts)) < len(counts):
+                raise ValueError(f"{task}: each may stand here once")
+        return labels
+
+    @field_validator("initialisations")
+    @classmethod
+    def _named(cls, values: list[str]) -> list[str]:
+        known = ("ringmo", "simmim", "mae", "imagenet", "scratch")
+        for value in values:
+            # A version or a folder has one of these in its name.
+            if value not in known and not set(value) & set("/@."):
+                near = difflib.get_close_matches(value, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+                raise ValueError(
+                    f"`{value}` is no way to begin; {hint}, and encoder/NUMBER or a bundle's folder"
+                )
         return values
 
 
@@ -499,6 +524,9 @@ class Config(Section):
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
+        for task in (*(self.compare.tasks or []), *self.compare.labels):
+            if task not in self.finetune:
+                raise ValueError(f"compare: `{task}` has no section in finetune")
         for task, settings in self.finetune.items():
             self._check_task(task, settings)
         method = self.pretrain.method

@@ -5,7 +5,7 @@ with it. Light, noise and a band that fails change the image and not the truth (
 as of Ribeiro et al., ACL 2020: invariance).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from ringmo.data.loading import SelectedTiles
 from ringmo.evaluation import metrics
-from ringmo.evaluation.measuring import Change, answers_of, measured, part, turned_sample
+from ringmo.evaluation.measuring import (
+    Change,
+    answers_of,
+    main_drawn,
+    measured,
+    part,
+    turned_sample,
+)
 from ringmo.evaluation.metrics import Interval
 from ringmo.registry.bundle import Bundle
 from ringmo.tasks.base import SECOND, Evidence, Sample
@@ -67,10 +74,7 @@ def behaviour(
     places = tiles.table["place"].astype(str).to_numpy()[rows].tolist()
 
     def drawn(of: Evidence) -> NDArray[np.float64]:
-        def measure(weights: NDArray[np.int64] | None) -> Mapping[str, float]:
-            return {task.metric: task.figures(of, classes, weights).whole[task.metric]}
-
-        return metrics.drawn(measure, places, samples)[task.metric]
+        return main_drawn(task, of, classes, places, samples)
 
     before, sign = drawn(part(evidence, rows)), -1 if task.metric in task.lower else 1
     found = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ringmo.evaluation.average_precision import IGNORED
 from ringmo.tasks.base import Evidence
 
 BINS = 15  # from 0 to 1, as in `evaluation.dense`
@@ -56,6 +57,8 @@ def reliability(evidence: Evidence, weights: NDArray[np.int64] | None = None) ->
     if "object_score" in evidence and "object_right" in evidence:
         sure, right = evidence["object_score"], evidence["object_right"]
         answers = ~np.isnan(sure)
+        if "object_outcome" in evidence:  # what found a difficult object is neither right nor wrong
+            answers &= evidence["object_outcome"][:, 0, 0] != IGNORED
         tile, of = evidence["object_tile"][answers], "objects"
         sure, right = sure[answers], right[answers]
     elif "confidence" in evidence and "right" in evidence:

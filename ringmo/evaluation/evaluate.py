@@ -18,6 +18,7 @@ from ringmo.data.colours import visible
 from ringmo.data.loading import SelectedTiles, padded, square
 from ringmo.errors import BadInput
 from ringmo.evaluation import calibration, histogram, metrics, pictures
+from ringmo.evaluation.average_precision import IGNORED, RIGHT
 from ringmo.evaluation.behaviour import TILES, behaviour
 from ringmo.evaluation.measuring import answered, answers_of, batches, measured, trivial
 from ringmo.evaluation.metrics import Interval, Measure
@@ -52,13 +53,13 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     kind = tasks.find(task)
     device = str(choose_device(config.hardware))
     selection = workspace.work("select") / f"{task}.parquet"
+    if not len(SelectedTiles(workspace, selection, "test")):
+        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
     model, scratch = (
         bundle.load(workspace.work(f"{stage}@{task}") / "model", device)
         for stage in ("finetune", "scratch")
     )
     test, train = (model.tiles(workspace, selection, split) for split in ("test", "train"))
-    if not len(test):
-        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
 
     flips, samples = config.evaluate.flips, config.evaluate.bootstrap_samples
     places = test.table["place"].astype(str).tolist()
@@ -107,7 +108,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     _pictures(out, config, model, test, evidence)
     pictures.drops(
         out / "behaviour.png",
-        [(one.change, shown(one.drop, figures["unit"])) for one in changed],
+        [(_said_of(one.change), shown(one.drop, figures["unit"])) for one in changed],
         f"{task}: how much worse with changed images, {min(TILES, len(test))} test tiles, "
         f"95 % intervals",
         f"drop of {kind.metric}, {'m' if figures['unit'] == 'm' else 'points'}",
@@ -218,6 +219,10 @@ def shown(interval: Interval, unit: str) -> Interval:
     return Interval(times * interval.value, times * interval.low, times * interval.high)
 
 
+def _said_of(change: str) -> str:
+    return f"{change}°" if change.startswith("turned") else change
+
+
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: number(v) if isinstance(v, float) else v for k, v in row.items()}
 
@@ -298,7 +303,7 @@ def _pictures(
         wrong = np.flatnonzero(~evidence["right"])
         chosen["worst"] = wrong[np.argsort(-evidence["confidence"][wrong], kind="stable")][:count]
     for name, rows in chosen.items():
-        title = f"{len(rows)} tiles, {name}"
+        title = f"the {len(rows)} {name} tiles"
         if "scores" in evidence and "label" in test.table:
             if name == "worst" and "right" in evidence:
                 title = f"{len(rows)} mistakes, the surest first" if len(rows) else "no mistakes"
@@ -380,12 +385,20 @@ def _answers(
 
 
 def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, Curve]]:
-    """Precision over recall of each class that the model knows and the tiles have."""
+    """Precision over recall of each class that the tiles have; of objects at an overlap of 0.5."""
     if "scores" in evidence and "truth" in evidence:
         for i in range(evidence["scores"].shape[1]):
             if evidence["truth"][:, i].any():
                 scores, true = evidence["scores"][:, i], evidence["truth"][:, i]
                 yield classes[i], _curve(scores, true, int(true.sum()))
+    if "object_outcome" in evidence:
+        outcome, score = evidence["object_outcome"][:, 0, 0], evidence["object_score"]
+        for i in np.unique(evidence["object_class"]):
+            counted = (evidence["object_class"] == i) & (outcome != IGNORED)
+            answers = counted & ~np.isnan(score)
+            there = int((counted & np.isnan(score)).sum())
+            if there:
+                yield classes[i], _curve(score[answers], outcome[answers] == RIGHT, there)
 
 
 def _curve(scores: NDArray[Any], right: NDArray[Any], there: int) -> Curve:
@@ -394,7 +407,7 @@ def _curve(scores: NDArray[Any], right: NDArray[Any], there: int) -> Curve:
     hits = np.cumsum(right[order].astype(np.float64))
     precision = hits / np.arange(1, len(hits) + 1)
     # Of equally sure answers none comes first: the curve has a point where the score changes.
-    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))
+    last = np.flatnonzero(np.diff(scores[order].astype(np.float64), append=-np.inf))
     recall, precision = hits[last] / there, precision[last]
     steps = np.diff(recall, prepend=0.0)
     return Curve(recall, precision, float((steps * precision).sum()))

@@ -192,7 +192,7 @@ def precision_recall(path: Path, curves: Mapping[str, Curve]) -> None:
     )
     axes.grid(alpha=0.3)
     if named:
-        axes.legend(loc="lower left", framealpha=0.9, fontsize=8)
+        axes.legend(loc="best", framealpha=0.9, fontsize=8)
     _write(figure, path)
 
 

@@ -62,6 +62,10 @@ def test_pixels_come_in_bins_and_objects_by_their_tile() -> None:
     found = reliability(objects)
     assert found is not None and (found.of, found.count.sum()) == ("objects", 3)
     assert found.error == pytest.approx((0.1 + 0.6 + 0.2) / 3)
+    # What found a difficult object says nothing.
+    outcome = np.array([1, 0, 2, 1], np.int8)[:, None, None]
+    found = reliability({**objects, "object_outcome": outcome})
+    assert found is not None and found.error == pytest.approx((0.1 + 0.6) / 2)
     only_second = reliability(objects, np.array([0, 5]))
     assert only_second is not None and only_second.error == pytest.approx(0.2)
 
