@@ -656,6 +656,26 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Of these the keys are the user's own: who names some means no others.
+WHOLE = ("ingest.about", "ingest.mask_codings", "pretrain.mix")
+
+
+def recipe(path: Path) -> dict[str, Any]:
+    """A recipe's values by dotted key, as `edit` takes them.
+
+    Raises:
+        BadInput: missing, or not YAML (with the line).
+    """
+    values = read_yaml(path) or {}
+    changes = flatten(values)
+    for key in WHOLE:
+        section, name = key.split(".")
+        if name in values.get(section, {}):
+            changes = {k: v for k, v in changes.items() if not k.startswith(f"{key}.")}
+            changes[key] = values[section][name]
+    return changes
+
+
 def edited(path: Path, changes: dict[str, Any]) -> Config:
     """The configuration that `edit` would leave, without writing it."""
     return _edited(path, changes)[0]
