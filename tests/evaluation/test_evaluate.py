@@ -219,3 +219,29 @@ def test_precision_over_recall_is_scikit_learn_s() -> None:
     assert curve.average == pytest.approx(reference.average_precision_score(right, scores))
     # Of objects that were never answered the curve ends before all are found.
     assert _curve(scores, right, 2 * int(right.sum())).recall[-1] == 0.5
+
+
+def test_scenes_of_several_classes_are_evaluated_class_by_class(filled: Any) -> None:
+    config.edit(filled.params_file, {"finetune.scene.multi_label": True})
+    path = filled.work("select") / "scene.parquet"
+    table = pd.read_parquet(path)
+    names = {"Beach": "Sand;Water", "Forest": "Trees", "Port": "Water"}
+    table["label"] = table["label"].map(names)
+    table.to_parquet(path, index=False)
+    report = chain(filled)["evaluate"]
+    figures, folder = report.figures, filled.work("evaluate@scene")
+    assert figures["test_map"] > 0.9 and figures["test_map_low"] <= figures["test_map_high"]
+    # Without looking: each class as often as it is, so only Water, in two of three, is ever said.
+    assert figures["trivial_accuracy"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-3)
+    assert "histogram_accuracy" not in figures and "test_ece" in figures
+    assert [row["class"] for row in report.tables["per_class"]] == ["Sand", "Trees", "Water"]
+    predictions = pd.read_parquet(folder / "predictions.parquet")
+    assert list(predictions.columns[4:]) == [
+        "scratch_predicted",
+        *(f"{of}:{name}" for of in ("model", "scratch") for name in ("Sand", "Trees", "Water")),
+    ]
+    said = predictions[[f"model:{name}" for name in ("Sand", "Trees", "Water")]].to_numpy() >= 0.5
+    by_hand = [";".join(np.array(["Sand", "Trees", "Water"])[row]) for row in said]
+    assert predictions["predicted"].tolist() == by_hand
+    assert (folder / "precision_recall.png").exists() and (folder / "reliability.png").exists()
+    assert not (folder / "confusion.png").exists()
