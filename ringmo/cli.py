@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
+SHOWN_ROWS = 40  # of a report's table; a longer one is in its files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,6 +186,19 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
     )
+
+    embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
+    embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
+    embed.add_argument("--out", metavar="FILE", required=True, help="GeoParquet, e.g. t.parquet")
+    similar = verb("similar", _similar, "find the tiles that look like an image")
+    similar.add_argument("image", metavar="IMAGE", help="a file, no larger than two tiles")
+    similar.add_argument(
+        "--in", metavar="FILE", dest="among", help="search what `embed` wrote; default: the store"
+    )
+    similar.add_argument("--top", type=int, default=10, metavar="N", help="tiles to show")
+    similar.add_argument("--out", metavar="FILE", help="the page; default: .ringmo/similar.html")
+    for added in (embed, similar):
+        added.add_argument("--model", metavar="REF", default="encoder@champion")
     return parser
 
 
@@ -309,11 +323,14 @@ def _deploy(arguments: Arguments) -> None:
 
 
 def _print_report(report: "Report") -> int:
-    figures = [(name, value) for name, value in report.figures.items() if value not in (None, {})]
-    text = f"{report.stage}: done in {report.seconds:.1f} s\n{console.table(figures)}"
     from dataclasses import asdict
 
-    console.result(asdict(report), text.rstrip())
+    parts = [f"{report.stage}: done in {report.seconds:.1f} s", console.figures(report.figures)]
+    for name, rows in report.tables.items():
+        if rows and len(rows) <= SHOWN_ROWS:
+            cells = console.folded(rows)
+            parts += [f"\n{name.replace('_', ' ')}", console.table(*cells)]
+    console.result(asdict(report), "\n".join([*parts, *report.notes]).rstrip())
     return report.exit_code
 
 
@@ -635,3 +652,28 @@ def _predict(arguments: Arguments) -> int:
     )
     console.result({"predictions": answers}, predict.text(answers))
     return 0
+
+
+def _embed(arguments: Arguments) -> None:
+    from ringmo.inference import embed
+
+    config, workspace = _open(arguments)
+    out = Path(arguments.out)
+    done = embed.embed(config, workspace, arguments.source, arguments.model, out)
+    console.result(done, embed.text(done))
+
+
+def _similar(arguments: Arguments) -> None:
+    from ringmo.inference import similar
+
+    config, workspace = _open(arguments)
+    found = similar.similar(
+        config,
+        workspace,
+        Path(arguments.image),
+        arguments.model,
+        among=Path(arguments.among) if arguments.among else None,
+        top=arguments.top,
+        out=Path(arguments.out) if arguments.out else None,
+    )
+    console.result(found, similar.text(found))

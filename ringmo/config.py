@@ -35,20 +35,23 @@ class About(Section):
 
     masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
-    masks, where folders' names do not say so. vector_class: the attribute of the vectors that
-    is their class.
+    masks, height_files: of those that are heights, where folders' names do not say so.
+    vector_class: the attribute of the vectors that is their class.
     """
 
     sensor: str | None = None
-    layout: Literal["auto", "classes", "masks", "change", "voc", "dota", "fair1m", "vectors"] = (
-        "auto"
-    )
+    layout: Literal[
+        "auto", "classes", "masks", "change", "voc", "dota", "fair1m", "coco", "vectors", "height"
+    ] = "auto"
     masks: str = "auto"
     mask_files: list[str] = []
+    height_files: list[str] = []
     vector_class: str | None = None
 
 
-MASK_CODINGS = ("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid")
+MASK_CODINGS = (
+    *("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid", "sen1floods11"),
+)
 
 
 class Ingest(Section):
@@ -177,6 +180,7 @@ class Sensor(Section):
 
 
 class Split(Section):
+    by: Literal["place", "block"] = "place"
     test: float = Field(0.2, gt=0, lt=1)
     val: float = Field(0.1, gt=0, lt=1)
     near_duplicate_bits: int = Field(3, ge=0, le=3)
@@ -198,6 +202,7 @@ class Validate(Section):
     max_cloud_share: Share = 0.8
     max_imbalance: float = Field(10, ge=1)
     min_tiles_per_class: Positive = 8
+    height_range: tuple[FiniteFloat, FiniteFloat] = (-500, 9000)
     retired_classes: list[str] = []
     max_share_change: Share = 0.1
     max_band_shift: float = Field(0.5, gt=0)
@@ -206,6 +211,12 @@ class Validate(Section):
         *("saturated", "cloud", "balance", "mask_tiles", "box_tiles", "boxes_inside"),
         *("class_shares", "band_means"),
     ]
+
+    @model_validator(mode="after")
+    def _a_range(self) -> "Validate":
+        if not self.height_range[0] < self.height_range[1]:
+            raise ValueError(f"height_range is [lowest, highest], found {list(self.height_range)}")
+        return self
 
 
 class Select(Section):
@@ -374,21 +385,46 @@ class Evaluate(Section):
 
 
 class Compare(Section):
-    """`ringmo compare`: the first of `methods` is the one that is compared with all others."""
+    """`ringmo compare`: the first of `initialisations` is compared with all others.
 
-    methods: list[Literal["ringmo", "simmim", "mae"]] = Field(
-        default=["ringmo", "simmim"], min_length=1
-    )
-    labels_per_class: list[Positive] = Field(default=[5, 20, 80], min_length=1)
+    They are methods of pre-training, `scratch`, `imagenet` (timm's weights), a registered encoder
+    (encoder/3, encoder@champion) or the folder of an encoder's bundle.
+    """
+
+    tasks: list[str] | None = None
+    initialisations: list[str] = Field(default=["ringmo", "simmim", "scratch"], min_length=1)
+    labels: dict[str, Annotated[list[Positive], Field(min_length=1)]] = {}
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 2, 3], min_length=1)
     finetune_steps: Positive = 1000
     scratch_equal_total: bool = True
 
-    @field_validator("methods", "labels_per_class", "seeds")
+    @field_validator("tasks", "initialisations", "seeds")
     @classmethod
-    def _once_each(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) < len(values):
+    def _once_each(cls, values: list[Any] | None) -> list[Any] | None:
+        if values is not None and len(set(values)) < len(values):
             raise ValueError("each may stand here once")
+        return values
+
+    @field_validator("labels")
+    @classmethod
+    def _counts_once(cls, labels: dict[str, list[int]]) -> dict[str, list[int]]:
+        for task, counts in labels.items():
+            if len(set(counts)) < len(counts):
+                raise ValueError(f"{task}: each may stand here once")
+        return labels
+
+    @field_validator("initialisations")
+    @classmethod
+    def _named(cls, values: list[str]) -> list[str]:
+        known = ("ringmo", "simmim", "mae", "imagenet", "scratch")
+        for value in values:
+            # A version or a folder has one of these in its name.
+            if value not in known and not set(value) & set("/@."):
+                near = difflib.get_close_matches(value, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+                raise ValueError(
+                    f"`{value}` is no way to begin; {hint}, and encoder/NUMBER or a bundle's folder"
+                )
         return values
 
 
@@ -480,13 +516,17 @@ class Config(Section):
                 )
         for name in (self.select.sensor, *self.select.beside):
             if name not in self.pretrain.mix:
+                where = "sensor" if name == self.select.sensor else "beside"
                 raise ValueError(
-                    f"pretrain.mix: the tasks' sensor `{name}` (see select) is missing: give it a "
-                    f"share"
+                    f"pretrain.mix: the tasks' sensor `{name}` (select.{where}) is missing: give "
+                    f"it a share"
                 )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
+        for task in (*(self.compare.tasks or []), *self.compare.labels):
+            if task not in self.finetune:
+                raise ValueError(f"compare: `{task}` has no section in finetune")
         for task, settings in self.finetune.items():
             self._check_task(task, settings)
         method = self.pretrain.method

@@ -81,6 +81,31 @@ def progress(label: str, total: int) -> Iterator[Progress]:
         yield bar
 
 
+def figures(values: dict[str, Any]) -> str:
+    """Figures by name as two columns; an interval's ends stand with their figure."""
+    cells, rows = folded([values])
+    return table(zip(rows, cells[0], strict=True)) if cells else ""
+
+
+def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Rows of cells, and the columns' names: NAME_low and NAME_high stand in NAME's column.
+
+    What is for programs alone is left out: hashes, and what no row has.
+    """
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if not n.endswith("_hash")]
+    names = [n for n in names if any(row.get(n) not in (None, {}) for row in rows)]
+    ends = {n for n in names if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names}
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value, low, high = (row.get(n) for n in (name, f"{name}_low", f"{name}_high"))
+        if value is None or value == {}:
+            return ""
+        return f"{value} ({low} to {high})" if low is not None and high is not None else str(value)
+
+    shown = [name for name in names if name not in ends]
+    return [[cell(row, name) for name in shown] for row in rows], shown
+
+
 def figure(value: float | None, unit: str = "%", *, points: bool = False) -> str:
     """A figure for people: shares in %, differences of shares in points, lengths in metres."""
     if value is None:

@@ -409,8 +409,9 @@ class SelectedTiles:
         images = [plane.read(int(rows[i])) for i in new]
         for i, image in zip(new, images, strict=True):
             if (image.shape[2], DTYPES.get(str(image.dtype))) != (plane.bands, plane.dtype):
+                what = "" if name == IMAGE else f"{name}: "
                 raise BadInput(
-                    f"tile {self.keys([int(rows[i])])[0]}: {name}: {image.shape[2]} bands of "
+                    f"tile {self.keys([int(rows[i])])[0]}: {what}{image.shape[2]} bands of "
                     f"{image.dtype}, not what the manifest says: run `dvc checkout`"
                 )
         fresh: Sequence[Tensor] | Tensor

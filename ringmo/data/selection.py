@@ -102,7 +102,8 @@ def _of_task(
     usable = tiles["split"].isin(["train", "val", "test"]) & kind.usable(tiles)
     chosen = tiles[usable & (tiles["sensor"] == config.select.sensor)]
     if "mask_names" in kind.columns:
-        chosen = chosen.assign(mask_names=chosen["mask_coding"].map(_class_names(workspace)))
+        names = _class_names(workspace, chosen)
+        chosen = chosen.assign(mask_names=chosen["mask_coding"].map(names))
     for sensor in config.select.beside:
         from ringmo.data.partners import partners
 
@@ -115,15 +116,15 @@ def _of_task(
     return chosen[list(columns(config, task))]
 
 
-def _class_names(workspace: Workspace) -> dict[str, list[str]]:
-    """Coding of masks → names of its classes, by number."""
-    path = workspace.store / store.CLASSES
-    try:
-        names: dict[str, list[str]] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise BadInput(f"{path} is damaged: run `dvc checkout`") from None
+def _class_names(workspace: Workspace, tiles: "pandas.DataFrame") -> dict[str, list[str]]:
+    """Coding of masks → names of its classes, by number; numbers without names are their own."""
+    from ringmo.data.facts import codings
+
+    names = codings(workspace.store)
+    masked = tiles[tiles["mask_coding"].notna()]
+    for coding, counts in masked.groupby("mask_coding")["mask_counts"]:
+        if not names.get(str(coding)):
+            names[str(coding)] = [str(i) for i in range(max(len(each) - 1 for each in counts))]
     return names
 
 

@@ -43,18 +43,17 @@ def others(truth: Tensor, classes: int) -> Evidence:
     Returns:
         object_tile, object_class, object_pixels, object_boundary: int64 (n,).
     """
-    rest = torch.where(truth == UNKNOWN, -1, truth)
     border = boundary(truth)
     rows = []
+    rest = truth[(truth >= classes) & (truth != UNKNOWN)]  # mostly none
     for number in np.unique(rest.cpu().numpy()).tolist():
-        if number >= classes:
-            there = rest == number
-            counts = torch.stack((there.sum((1, 2)), (there & border).sum((1, 2))))
-            rows += [
-                (tile, number, pixels, edge)
-                for tile, (pixels, edge) in enumerate(counts.T.tolist())
-                if pixels
-            ]
+        there = truth == number
+        counts = torch.stack((there.sum((1, 2)), (there & border).sum((1, 2))))
+        rows += [
+            (tile, number, pixels, edge)
+            for tile, (pixels, edge) in enumerate(counts.T.tolist())
+            if pixels
+        ]
     table = np.array(sorted(rows), np.int64).reshape(-1, 4)
     names = ("object_tile", "object_class", "object_pixels", "object_boundary")
     return dict(zip(names, table.T.copy(), strict=True))
@@ -89,18 +88,31 @@ def boundaries(truth: Tensor, said: Tensor, classes: int, tolerance: int = TOLER
     """
     said = torch.where(truth == UNKNOWN, UNKNOWN, said)
     true_edges, said_edges = boundary(truth), boundary(said)
-    at = torch.arange(-tolerance, tolerance + 1, device=truth.device)
-    disk = (at[:, None] ** 2 + at**2 <= tolerance**2).float()[None, None]
-
-    def near(edges: Tensor) -> Tensor:
-        return nn.functional.conv2d(edges[:, None].float(), disk, padding=tolerance)[:, 0] > 0.5
-
     counts = []
     for number in range(classes):  # one at a time: of 16 classes, large tiles fill the memory
         true, claimed = true_edges & (truth == number), said_edges & (said == number)
-        each = (claimed & near(true), claimed, true & near(claimed), true)
+        each = (
+            claimed & _near(true, tolerance),
+            claimed,
+            true & _near(claimed, tolerance),
+            true,
+        )
         counts.append(torch.stack([pixels.sum((1, 2)) for pixels in each], 1))
     return torch.stack(counts, 1)
+
+
+def _near(edges: Tensor, tolerance: int) -> Tensor:
+    """Pixels with one of `edges` (B, H, W) in the disk around them."""
+    height, width = edges.shape[1:]
+    wide = nn.functional.pad(edges, (tolerance,) * 4)
+    found = torch.zeros_like(edges)
+    # Shifted and put together: a fifth of the time that a convolution takes.
+    for row in range(-tolerance, tolerance + 1):
+        for column in range(-tolerance, tolerance + 1):
+            if row**2 + column**2 <= tolerance**2:
+                top, left = tolerance + row, tolerance + column
+                found |= wide[:, top : top + height, left : left + width]
+    return found
 
 
 def reliability(confidence: Tensor, right: Tensor, known: Tensor) -> dict[str, Tensor]:

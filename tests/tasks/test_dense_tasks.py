@@ -153,15 +153,33 @@ def test_what_nobody_knows_costs_nothing_and_spoils_nothing(task: Task) -> None:
     assert np.isnan(task.quality(evidence, ["a", "b"])).all()
 
 
-def test_cross_entropy_a_hand_can_compute() -> None:
-    logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # of two pixels, the second class's below
+def test_a_loss_a_hand_can_compute() -> None:
+    logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # two pixels, below the second class
     mask = torch.tensor([[[0, 1]]])
-    costs = [np.log(1 + np.exp(-1.0)), np.log(1 + np.exp(-2.0))]
-    assert dense.mask_loss(logits, mask, None, 0.0).item() == pytest.approx(np.mean(costs))
+    first, second = np.log(1 + np.exp(-1.0)), np.log(1 + np.exp(-2.0))
+    sure = np.exp(-first), np.exp(-second)  # of what is true
+    said = sure[0] + 1 - sure[1], sure[1] + 1 - sure[0]
+    dice = np.mean([1 - 2 * sure[i] / (said[i] + 1) for i in range(2)])
+    assert dense.mask_loss(logits, mask, None, 0.0).item() == pytest.approx(
+        np.mean([first, second]) + dice
+    )
     weighted = dense.mask_loss(logits, mask, torch.tensor([1.0, 3.0]), 0.0)
-    assert weighted.item() == pytest.approx((costs[0] + 3 * costs[1]) / 2)
-    mask[0, 0, 1] = 2  # a class that the model does not have
-    assert dense.mask_loss(logits, mask, None, 0.0).item() == pytest.approx(costs[0])
+    assert weighted.item() == pytest.approx((first + 3 * second) / 2 + dice)
+    mask[0, 0, 1] = 2  # a class that the model does not have, as one that nobody knows
+    alone = first + 1 - 2 * sure[0] / (sure[0] + 1)
+    assert dense.mask_loss(logits, mask, None, 0.0).item() == pytest.approx(alone)
+
+
+def test_dice_agrees_with_segmentation_models_pytorch() -> None:
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 24, 24)
+    mask = torch.randint(0, 3, (1, 24, 24))
+    mask[:, :3] = UNKNOWN
+    entropy = nn.functional.cross_entropy(logits, mask, ignore_index=UNKNOWN)
+    ours = dense.mask_loss(logits, mask, None, 0.0) - entropy
+    assert torch.allclose(ours, DiceLoss("multiclass", ignore_index=UNKNOWN)(logits, mask))
 
 
 def test_classes_are_those_of_all_codings() -> None:
