@@ -317,28 +317,30 @@ def real_sample(name: str) -> tuple[Sample, list[str]]:
     if not root.is_dir():
         pytest.skip("no real imagery beside the checkout")
     crops, objects, names = [], [], []
-    for path in sorted((root / "images").iterdir()):
+    files = sorted((root / "images").iterdir())
+    for path in files[:: max(1, len(files) // 4)]:  # they are sorted by class
         image = decode(path.read_bytes())[:, :, :3]
         [file] = (root / kind).glob(f"{path.stem}.*")
-        found = annotations.read(file, image.shape[:2])
-        if not found or len(crops) == 4:
+        try:
+            found = annotations.read(file, image.shape[:2])
+        except BadInput:  # one of DOTA's is of another cut of its scene
             continue
-        # About the first object, as large as shows it whole.
         corners = torch.tensor([box.points for box in found])
-        low, high = corners[0].amin(0), corners[0].amax(0)
-        side = int(max(96, 1.6 * float((high - low).max())))
-        left, top = ((low + high) / 2 - side / 2).int().clamp(min=0).tolist()
-        part = torch.from_numpy(np.ascontiguousarray(image[top : top + side, left : left + side]))
-        side = min(part.shape[:2])
-        pixels = part[:side, :side].permute(2, 0, 1)[None].float() / 64 - 2
-        crops.append(nn.functional.interpolate(pixels, (64, 64), mode="area")[0])
-        moved = (corners - torch.tensor([left, top])) * 64 / side
-        inside = ((moved >= 0) & (moved <= 64)).flatten(1).all(1)
-        names += [box.name for box in found]
-        numbers = torch.tensor([names.index(box.name) for box in found])
-        objects.append(
-            Objects(moved[inside], numbers[inside], torch.zeros(int(inside.sum())).bool())
-        )
+        names += [n for n in dict.fromkeys(box.name for box in found) if n not in names]
+        # About some of its objects, as large as shows them whole.
+        for about in (0,) if len(files) > 4 else (0, len(found) // 2):
+            low, high = corners[about].amin(0), corners[about].amax(0)
+            side = int(max(48, 1.6 * float((high - low).max())))
+            left, top = ((low + high) / 2 - side / 2).int().clamp(min=0).tolist()
+            part = image[top : top + side, left : left + side]
+            side = min(part.shape[:2])
+            pixels = torch.tensor(part[:side, :side]).permute(2, 0, 1)[None].float() / 64 - 2
+            crops.append(nn.functional.interpolate(pixels, (64, 64), mode="area")[0])
+            moved = (corners - torch.tensor([left, top])) * 64 / side
+            inside = ((moved >= 0) & (moved <= 64)).flatten(1).all(1)
+            numbers = torch.tensor([names.index(box.name) for box in found])
+            difficult = torch.tensor([box.difficult for box in found])
+            objects.append(Objects(moved[inside], numbers[inside], difficult[inside]))
     return Sample({"rgb": torch.stack(crops)}, np.arange(len(crops)), objects=objects), names
 
 
@@ -346,7 +348,7 @@ def real_sample(name: str) -> tuple[Sample, list[str]]:
 @EACH
 def test_real_objects_can_be_learnt_by_heart(name: str) -> None:
     task, (given, names) = task_of(name), real_sample(name)
-    model = fitted(task, given, 120, classes=len(names))
+    model = fitted(task, given, 100, classes=len(names))
     with torch.no_grad():
         evidence = task.evidence(task.answer(model, given.images), given)
     assert evidence["objects"].sum() >= 2
