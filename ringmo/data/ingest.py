@@ -28,7 +28,17 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import About, Config, digest
-from ringmo.data import blocks, cluster, codings, decisions, facts, places, scan, store
+from ringmo.data import (
+    blocks,
+    class_facts,
+    cluster,
+    codings,
+    decisions,
+    places,
+    scan,
+    store,
+    tables,
+)
 from ringmo.data.buckets import Bucket
 from ringmo.data.gather import Gathered, Gatherer, KnownTiles
 from ringmo.data.pipeline import in_order
@@ -242,14 +252,17 @@ def _settings(config: Config) -> str:
 
 
 def _attached(config: Config, images: Sequence[Image]) -> NDArray[np.int64]:
-    """Numbers that change with an image's labels, with what their values mean, and with what
-    ingest.about says of the image."""
+    """Numbers that change with an image's labels, with what their values mean, with its second
+    date, and with what ingest.about says of the image."""
     known = config.ingest.mask_codings
     numbers = np.zeros(len(images), np.int64)
+    dated = {image.root for image in images if image.second is not None}
+    others = {(i.root, i.path): [i.size, i.mtime_ns] for i in images if i.root in dated}
     for i, image in enumerate(images):
-        if image.attachments or image.sensor is not None:
+        if image.attachments or image.sensor is not None or image.second is not None:
+            second = [] if image.second is None else others.get((image.root, image.second), [])
             # The classes' order gives their numbers; a digest of a dict would not tell.
-            told = digest(image.sensor, list(known.get(image.masks, {}).items()))
+            told = digest(image.sensor, list(known.get(image.masks, {}).items()), *second)
             numbers[i] = image.attached ^ int(told[:15], 16)
     return numbers
 
@@ -506,9 +519,9 @@ def _write(
         "ordinal": old.ordinal + 1,
         "sources": config.ingest.sources,
         "tiles": len(rows),
-        "classes": dict(sorted((row["values"], row["counts"]) for row in labels)),
+        "classes": tables.by_class({row["values"]: row["counts"] for row in labels}),
         "generated": bool(pc.any(rows["generated"]).as_py()),
-        **facts.summary_of(rows, classes),
+        **class_facts.summary_of(rows, classes),
     }
     history = {"schema": store.SCHEMA, "ingests": [*old.history, entry]}
     write_json(root / store.HISTORY, history)
@@ -546,7 +559,8 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         found = pc.value_counts(rows[column].drop_null()).to_pylist()
         return {row["values"]: row["counts"] for row in found}
 
-    labels = counts("label")
+    labelled = counts("label")
+    labels = tables.by_class(labelled)
     sizes = pc.value_counts(rows["place"]).field("counts")
     report.figures = {
         "images_found": 0,
@@ -559,7 +573,7 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         "duplicates": len(gathered.duplicates),
         "other_files": 0,
         "classes": len(labels),
-        "labelled": sum(labels.values()),
+        "labelled": sum(labelled.values()),
         "masks": len(rows) - rows["mask_shard"].null_count,
         "boxes": int(pc.sum(rows["boxes_count"]).as_py() or 0),
         "heights": len(rows) - rows["height_shard"].null_count,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ringmo.config import Config
-from ringmo.data import heights, store, versions
+from ringmo.data import heights, store, tables, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import decode
 from ringmo.errors import BadInput
@@ -81,7 +81,7 @@ def write(config: Config, workspace: Workspace, out: Path) -> dict[str, Any]:
         "data_version": version,
         "tiles": len(manifest),
         "sensors": int(manifest["sensor"].nunique()),
-        "classes": int(manifest["label"].nunique()),
+        "classes": len(_classes(manifest)),
         "with_footprint": int(manifest["crs"].notna().sum()),
     }
 
@@ -101,7 +101,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
-    labelled, classes = int(manifest["label"].notna().sum()), manifest["label"].nunique()
+    labelled, classes = int(manifest["label"].notna().sum()), len(_classes(manifest))
     labels = f"{labelled:,} labelled, of {classes} classes" if labelled else "none labelled"
     places = manifest["place"].nunique()
     made_up = (
@@ -119,16 +119,28 @@ def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
 
 def _counts(manifest: "pandas.DataFrame") -> str:
     splits = [split for split in COLOURS if (manifest["split"] == split).any()]
-    labels = manifest["label"].fillna("(none)")
     parts = ["<h2>Classes, sensors, splits</h2>"]
-    for name, column in (("class", labels), ("sensor", manifest["sensor"])):
-        counts = manifest.groupby([column, "split"]).size().unstack(fill_value=0)
+    for name, table in (("class", _a_class_each(manifest, "(none)")), ("sensor", manifest)):
+        column = "label" if name == "class" else name
+        counts = table.groupby([column, "split"]).size().unstack(fill_value=0)
         rows = [
             [str(value), *(int(row.get(split, 0)) for split in splits), int(row.sum())]
             for value, row in counts.iterrows()
         ]
         parts.append(f"<p>{_table([name, *splits, 'tiles'], rows)}</p>")
     return "".join(parts)
+
+
+def _classes(manifest: "pandas.DataFrame") -> dict[str, int]:
+    """Tiles of each class; of several, a tile counts for each."""
+    counts = manifest["label"].value_counts()
+    return tables.by_class({str(label): int(count) for label, count in counts.items()})
+
+
+def _a_class_each(manifest: "pandas.DataFrame", none: str) -> "pandas.DataFrame":
+    """Rows once for each of their classes, in `label`; `none` where there is none."""
+    labels = manifest["label"].fillna(none).map(tables.classes_of)
+    return manifest.assign(label=labels).explode("label")
 
 
 def _labels(manifest: "pandas.DataFrame") -> str:
@@ -205,8 +217,7 @@ def _aside(workspace: Workspace) -> str:
 
 def _contact_sheet(config: Config, tiles: store.TileStore, manifest: "pandas.DataFrame") -> str:
     parts = ["<h2>Tiles by sensor and class</h2>"]
-    labels = manifest["label"].fillna("(no class)")
-    groups = list(manifest.groupby(["sensor", labels]))
+    groups = list(_a_class_each(manifest, "(no class)").groupby(["sensor", "label"]))
     for (sensor, label), group in groups[:ROWS]:
         rows = group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN).astype(int))]
         images = "".join(tile_image(config, tiles, row) for _, row in rows.iterrows())

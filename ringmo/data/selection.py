@@ -80,11 +80,16 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     report.tables["tasks"] = [
         {"task": name, "tiles": len(table), **_splits(table)} for name, table in tables.items()
     ]
+    others = [name for name in tasks.names() if name not in config.tasks]
+    report.figures["other_tasks"] = [n for n in others if tasks.find(n).usable(tiles).any()]
     each = ", ".join(f"{n} {name}" for name, n in sensors.items())
     console.note(f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}")
     for row in report.tables["tasks"]:
         said = "{task}: {tiles} labelled tiles: {train} train, {val} val, {test} test".format(**row)
         console.note(f"select: {said}")
+    if report.figures["other_tasks"]:
+        more = ", ".join(report.figures["other_tasks"])
+        console.note(f"select: there are labels for {more} too (`tasks` in params.yaml)")
     return report
 
 
@@ -102,7 +107,8 @@ def _of_task(
     usable = tiles["split"].isin(["train", "val", "test"]) & kind.usable(tiles)
     chosen = tiles[usable & (tiles["sensor"] == config.select.sensor)]
     if "mask_names" in kind.columns:
-        chosen = chosen.assign(mask_names=chosen["mask_coding"].map(_class_names(workspace)))
+        names = _class_names(workspace, chosen)
+        chosen = chosen.assign(mask_names=chosen["mask_coding"].map(names))
     for sensor in config.select.beside:
         from ringmo.data.partners import partners
 
@@ -115,15 +121,15 @@ def _of_task(
     return chosen[list(columns(config, task))]
 
 
-def _class_names(workspace: Workspace) -> dict[str, list[str]]:
-    """Coding of masks → names of its classes, by number."""
-    path = workspace.store / store.CLASSES
-    try:
-        names: dict[str, list[str]] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise BadInput(f"{path} is damaged: run `dvc checkout`") from None
+def _class_names(workspace: Workspace, tiles: "pandas.DataFrame") -> dict[str, list[str]]:
+    """Coding of masks → names of its classes, by number; numbers without names are their own."""
+    from ringmo.data.facts import codings
+
+    names = codings(workspace.store)
+    masked = tiles[tiles["mask_coding"].notna()]
+    for coding, counts in masked.groupby("mask_coding")["mask_counts"]:
+        if not names.get(str(coding)):
+            names[str(coding)] = [str(i) for i in range(max(len(each) - 1 for each in counts))]
     return names
 
 

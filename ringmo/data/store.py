@@ -60,7 +60,7 @@ COLUMNS = {
     "phash": "string",  # 64-bit perceptual hash, 16 hex digits
     "place": "string",
     "split": "string",  # train, val, test or unused
-    "label": "string",
+    "label": "string",  # of the scene: a class, or several, sorted and joined by `;`
     "generated": "bool_",
     "ingest": "int32",  # ordinal of the ingest that added the tile
     "cloud_share": "float64",  # an estimate; NaN where the sensor has no visible bands

@@ -565,6 +565,23 @@ def test_a_box_a_little_over_the_edge_is_clipped_and_counted(tmp_path):
     assert boxes(member)[0]["box"] == [40, 6, 48, 16] and member.facts["boxes_outside"] == 1
 
 
+@pytest.mark.parametrize("turn", [1, -1], ids=["clockwise", "counter-clockwise"])
+@pytest.mark.parametrize("first", range(4))
+def test_corners_in_any_order_around_are_one_box(tmp_path, turn, first):
+    corners = [(10, 2), (20, 12), (10, 22), (0, 12)]
+    around = [corners[(first + turn * i) % 4] for i in range(4)]
+    write(tmp_path / "images" / "0.png", 1, "PNG")
+    (tmp_path / "labelTxt").mkdir()
+    text = " ".join(f"{x} {y}" for x, y in around)
+    (tmp_path / "labelTxt" / "0.txt").write_text(f"{text} plane 0\n")
+    left, whole = cut(only(tmp_path), window(0, 0, 40, 10), window())
+    (box,) = boxes(whole)
+    # Corners stay in the order that the file gives: the first may be an object's head.
+    assert [tuple(point) for point in box["points"]] == around
+    assert box["box"] == [0, 2, 20, 22] and box["share"] == 1
+    assert boxes(left)[0]["share"] == 0.5
+
+
 def test_chinese_class_names_in_their_own_encoding(tmp_path):
     text = '<?xml version="1.0" encoding="gb2312"?>' + VOC.replace("ship", "货船")
     voc(tmp_path, "")
