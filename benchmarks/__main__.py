@@ -3,6 +3,7 @@
     make bench                                  all rows, half an hour and more on two cores
     make bench ONLY=loader,step OUT=FILE        some rows, as JSON into FILE
     make bench ONLY=ingest,cut,growth,validate,duplicates,versioning,dask    those of the data
+    make bench ONLY=rotated                     overlap of boxes at any angle
     make bench DATA=FOLDER                      with images below this folder
 
 Each measurement runs in a process of its own, on the same cores with the same threads, contenders
@@ -25,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data
+from benchmarks import data, rotated
 from benchmarks.imagery import ROOT, Imagery, Source, optimise
 from benchmarks.table import Bench, Row, compare
 from ringmo import console
@@ -33,11 +34,12 @@ from ringmo import console
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "webdataset", "litdata",
-    "rasterio", "pandas", "pyarrow", "distributed", "dvc", "great-expectations",
+    "rasterio", "pandas", "pyarrow", "distributed", "dvc", "great-expectations", "shapely",
 )  # fmt: skip
 ROWS = (
     *("loader", "step", "pimask", "swin-b", "vit-b"),
     *("ingest", "cut", "growth", "validate", "duplicates", "versioning", "dask"),
+    "rotated",
 )
 CORES = 2
 ROUNDS = 3
@@ -448,7 +450,7 @@ def main(arguments: list[str]) -> int:
         "loader": loaders, "step": steps, "swin-b": swin_b, "vit-b": vit_b, "pimask": pimask,
         "ingest": data.ingest, "cut": data.cut, "growth": data.growth,
         "validate": data.validation, "duplicates": data.duplicates,
-        "versioning": data.versioning, "dask": data.workers,
+        "versioning": data.versioning, "dask": data.workers, "rotated": rotated.rows,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ringmo-bench-") as folder:
         scratch = Path(folder)

@@ -7,7 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows.stages import StageFailed, as_task, command, execute
+from flows.stages import StageFailed, as_task, command, execute, together
 from ringmo import chain
 from ringmo.config import Config
 from ringmo.data import versions
@@ -46,19 +46,23 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
     tags = tags | {"data_version": ingested["figures"]["data_version"]}
 
     changes = versions.changed(place)
-    for stage in versions.stages(place):
-        if not _wanted(place, stage.name):
-            continue
-        why = list(changes.get(stage.name, []))
-        if not why and any(not cached.get(name, True) for name in stage.upstream):
-            why = ["a stage before it ran"]
-        state: Any = as_task(config, execute, stage.name, stage.desc)(
-            root, stage.name, why, tags, return_state=True
-        )
-        if state.is_failed() or state.is_crashed() or state.is_cancelled():
-            error = state.result(raise_on_failure=False)
-            raise error if isinstance(error, BaseException) else StageFailed(str(error), 3, True)
-        cached[stage.name] = state.name == "Cached"
+    left = versions.stages(place)
+    while left:
+        # All that can run now; what these make ready comes after the last of them.
+        names = {stage.name for stage in left}
+        ready = [stage for stage in left if not names & set(stage.upstream)]
+        left = [stage for stage in left if stage not in ready]
+        calls = []
+        for stage in ready:
+            if not _wanted(config, place, stage.name):
+                continue
+            why = list(changes.get(stage.name, []))
+            if not why and any(not cached.get(name, True) for name in stage.upstream):
+                why = ["a stage before it ran"]
+            step = as_task(config, execute, stage.name, stage.desc)
+            calls.append((stage.name, step, (root, stage.name, why, tags)))
+        for name, state in together(calls, config.run.side_by_side):
+            cached[name] = state.name == "Cached"
 
     for task in chain.ends(config, place):
         if chain.registered(config, place, task):
@@ -72,6 +76,7 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
     return chain.summary(config, place, cached)
 
 
-def _wanted(place: Workspace, stage: str) -> bool:
-    """Without labels the chain ends after the encoder."""
-    return "@" not in stage or chain.labelled(place)
+def _wanted(config: Config, place: Workspace, stage: str) -> bool:
+    """A task without labels has no stages; without any, the chain ends after the encoder."""
+    _, at, task = stage.partition("@")
+    return not at or task in chain.labelled(config, place)

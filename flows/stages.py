@@ -1,7 +1,13 @@
 """A stage of the chain as a Prefect task: retried, limited in time, linked to its MLflow run."""
 
 import json
+import os
+import queue
+import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +22,7 @@ from ringmo import console, services
 from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
-from ringmo.process_group import run_group
+from ringmo.process_group import end_all, run_group
 from ringmo.registry.tracker import Forwarder
 from ringmo.stage import Report, forget_checkpoints
 from ringmo.workspace import Workspace
@@ -55,10 +61,13 @@ def as_task(
 
 
 @task(cache_policy=NO_CACHE, log_prints=False)
-def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, str]) -> Any:
+def execute(
+    workspace_root: str, name: str, changed: list[str], tags: dict[str, str], slots: int = 1
+) -> Any:
     """Run one stage if it changed, and follow it. Returns its report as a dict.
 
-    changed: why it must run (DVC's words), empty when nothing did.
+    changed: why it must run (DVC's words), empty when nothing did. slots: how many stages run at a
+    time, each on its share of the machine.
     """
     workspace = Workspace.find(workspace_root)
     config = Config.load(workspace.params_file)
@@ -71,11 +80,11 @@ def execute(workspace_root: str, name: str, changed: list[str], tags: dict[str, 
     console.note(f"\n── {name}")
     workspace.report_file(name).unlink(missing_ok=True)
     command = versions.repro_command(workspace, name)
-    with Forwarder(workspace, name, tags) as forwarder:
+    with slot(slots) as own, Forwarder(workspace, name, tags) as forwarder:
         status = run_group(
             command,
             workspace.root,
-            services.environment(workspace),
+            services.environment(workspace) | own,
             config.run.grace_s,
             follow=get_run_logger().info,
         )
@@ -130,6 +139,52 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
     return checked
 
 
+_slots: dict[int, queue.SimpleQueue[int]] = {}  # how many → those that are free
+_slots_lock = threading.Lock()
+
+
+@contextmanager
+def slot(slots: int) -> Iterator[dict[str, str]]:
+    """One of so many equal shares of this machine, when one is free: its GPUs, or its cores.
+
+    Yields:
+        What the share is, as environment variables.
+    """
+    if slots == 1:
+        yield {}
+        return
+    with _slots_lock:
+        if slots not in _slots:
+            _slots[slots] = queue.SimpleQueue()
+            for number in range(slots):
+                _slots[slots].put(number)
+    free = _slots[slots]
+    number = free.get()
+    try:
+        gpus = _gpus()
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots))}
+        own = [gpus[i] for i in range(len(gpus)) if i % slots == number % len(gpus)]
+        yield threads | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
+    finally:
+        free.put(number)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that may be used here, by number; none where there are none."""
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return given.split(",")
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
 def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:
     """The verdict on the data as an artifact of the flow run, with links where a server has it."""
     if name != "validate":
@@ -149,6 +204,52 @@ def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:
         markdown=data_docs.markdown(verdict, link),
         description="The rules that the data version was judged by",
     )
+
+
+Call = tuple[str, Any, tuple[Any, ...]]  # a stage's name, its task and arguments
+
+
+def together(calls: Sequence[Call], slots: int) -> Iterator[tuple[str, State[Any]]]:
+    """Run stages, so many at a time, and give each one's last state.
+
+    When one fails, those beside it may finish: their work is kept, and not done again.
+
+    Raises:
+        StageFailed: the first that failed, when all have ended.
+    """
+    failed: BaseException | None = None
+    waiting = [(name, _begun(calls, i, slots)) for i, (name, _, _) in enumerate(calls)]
+    try:
+        for name, end in waiting:
+            state = end()
+            if state.is_failed() or state.is_crashed() or state.is_cancelled():
+                error = state.result(raise_on_failure=False)
+                known = isinstance(error, BaseException)
+                failed = failed or (error if known else StageFailed(str(error), 3, True))
+                if slots == 1:
+                    break
+            else:
+                yield name, state
+    except BaseException:
+        end_all()
+        raise
+    if failed is not None:
+        raise failed
+
+
+def _begun(calls: Sequence[Call], i: int, slots: int) -> Callable[[], State[Any]]:
+    """What gives a stage's last state. With one slot it runs then, in this thread; else now."""
+    _, step, arguments = calls[i]
+    if slots == 1 or len(calls) == 1:
+        return lambda: step(*arguments, return_state=True)
+    future = step.submit(*arguments, slots=slots)
+
+    def end() -> State[Any]:
+        future.wait()
+        state: State[Any] = future.state
+        return state
+
+    return end
 
 
 def _checked(

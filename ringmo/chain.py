@@ -89,13 +89,15 @@ def _check_sources(config: Config, workspace: Workspace) -> None:
 
 def ends(config: Config, workspace: Workspace) -> list[str]:
     """What is registered at the chain's end: the tasks' models, or the encoder alone."""
-    return list(config.tasks) if labelled(workspace) else ["encoder"]
+    return labelled(config, workspace) or ["encoder"]
 
 
-def labelled(workspace: Workspace) -> bool:
-    """Whether the selection has labels; without, the chain ends after the encoder."""
+def labelled(config: Config, workspace: Workspace) -> list[str]:
+    """The tasks that the selection has labels for; without any, the chain ends at the encoder."""
     report = Report.read(workspace.work("select") / "report.json")
-    return bool(report and report.figures.get("labelled"))
+    rows = report.tables.get("tasks", []) if report else []
+    there = {row["task"] for row in rows if row["tiles"]}
+    return [task for task in config.tasks if task in there]
 
 
 def register(
@@ -199,7 +201,7 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "stages": {name: "cached" if was else "done" for name, was in cached.items()},
         "mlflow": running["mlflow"]["url"],
         "prefect": running["prefect"]["url"],
-        "labelled": labelled(workspace),
+        "labelled": labelled(config, workspace),
     }
     exit_code = 0
     for task in ends(config, workspace):
@@ -230,17 +232,6 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
     return result
 
 
-def _percent(value: Any, unit: str = "%") -> str:
-    return "-" if value is None else f"{100 * float(value):.1f} {unit}"
-
-
-def _interval(figures: dict[str, Any], name: str, unit: str = "%") -> str:
-    low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
-    if low is None or high is None:
-        return _percent(figures.get(name), unit)
-    return f"{_percent(figures.get(name), unit)}  (95 %: {100 * low:.1f} to {100 * high:.1f})"
-
-
 def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary as rows of name and text, for people."""
     data, pretrain = result["data"], result["pretrain"]
@@ -262,13 +253,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("Pre-training loss", loss))
     for task, figures in result["tasks"].items():
         if task != "encoder":
-            rows += [
-                (f"Test accuracy, {task}", _interval(figures, "test_accuracy")),
-                ("  from scratch", _interval(figures, "scratch_accuracy")),
-                ("  difference", _interval(figures, "difference_to_scratch", "points")),
-                ("  histograms alone", _percent(figures.get("histogram_accuracy"))),
-                ("  champion before", _percent(figures.get("champion_accuracy"))),
-            ]
+            rows += _figure_rows(task, figures)
         if figures.get("model"):
             standing = "champion" if figures["champion"] == figures["model"] else "candidate"
             rows.append(
@@ -287,11 +272,36 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _figure_rows(task: str, figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a task's model does on the test tiles, beside what it must beat."""
+    metric, unit = figures.get("metric", "accuracy"), figures.get("unit", "%")
+
+    def said(name: str, points: bool = False) -> str:
+        low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+        return console.interval(figures.get(name), low, high, unit, points=points)
+
+    rows = [
+        (
+            f"{task}: {metric}",
+            f"{said(f'test_{metric}')} on {figures.get('test_tiles')} test tiles",
+        ),
+        ("  from scratch", said(f"scratch_{metric}")),
+        ("  difference", said("difference_to_scratch", points=True)),
+        ("  without looking", said(f"trivial_{metric}")),
+    ]
+    if f"histogram_{metric}" in figures:
+        rows.append(("  histograms alone", said(f"histogram_{metric}")))
+    if f"champion_{metric}" in figures:
+        rows.append(("  champion before", said(f"champion_{metric}")))
+    return rows
+
+
 def summary_text(result: dict[str, Any]) -> str:
     ringmo = result.get("command", "ringmo")
+    task = next(iter(result["labelled"]), None)
     following = (
-        f"{ringmo} predict IMAGE --model scene@champion\n      {ringmo} lineage scene@champion"
-        if result["labelled"]
+        f"{ringmo} predict IMAGE --model {task}@champion\n      {ringmo} lineage {task}@champion"
+        if task
         else "put the images in folders named by class and run again"
     )
     more = f"{ringmo} models\n      {ringmo} down      (ends the servers)"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringmo import __version__, console
+from ringmo import __version__, console, tasks
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
-TASKS = ("scene",)
+SHOWN_ROWS = 40  # of a report's table; a longer one is in its files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,8 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    kinds = f"one of {', '.join(tasks.names())}"
+
     def task_argument(added: argparse.ArgumentParser, *more: str) -> None:
-        added.add_argument("task", choices=(*TASKS, *more), metavar="TASK", help="e.g. scene")
+        added.add_argument("task", choices=(*tasks.names(), *more), metavar="TASK", help=kinds)
 
     def settings_arguments(added: argparse.ArgumentParser) -> None:
         added.add_argument(
@@ -100,6 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = verb("run", _run, "run the whole chain: new imagery in, the better model in production")
     settings_arguments(run)
+    run.add_argument(
+        "--task",
+        metavar="NAME",
+        action="extend",
+        nargs="+",
+        choices=tasks.names(),
+        help=f"what to fine-tune for: {', '.join(tasks.names())}",
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would run, and why")
 
     init = verb("init", _init, "make a workspace")
@@ -115,7 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     verb("pretrain", _pretrain, "train the encoder by masked image modelling")
     finetune = verb("finetune", _finetune, "train a task model from the encoder")
     task_argument(finetune)
-    finetune.add_argument("--from-scratch", action="store_true", help="without the encoder")
+    either = finetune.add_mutually_exclusive_group()
+    either.add_argument("--from-scratch", action="store_true", help="without the encoder")
+    either.add_argument(
+        "--encoder", metavar="REF", help="from this encoder: encoder/3, or a bundle's folder"
+    )
     task_argument(verb("evaluate", _evaluate, "measure a task model on the test tiles"))
     register = verb("register", _register, "make the model a version in the registry, and judge it")
     task_argument(register, "encoder")
@@ -147,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings_arguments(compare)
 
     models = verb("models", _models, "versions, aliases and figures of the registered models")
-    models.add_argument("task", nargs="?", choices=(*TASKS, "encoder"), metavar="TASK")
+    models.add_argument("task", nargs="?", choices=(*tasks.names(), "encoder"), metavar="TASK")
     models.add_argument("--history", action="store_true", help="every promotion and rollback")
     promote = verb("promote", _promote, "make a version the champion")
     promote.add_argument("ref", metavar="MODEL", help="a version, as scene/7; scene: its candidate")
@@ -160,11 +174,22 @@ def build_parser() -> argparse.ArgumentParser:
     lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
     lineage.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
 
-    predict = verb("predict", _predict, "label images with a registered model")
+    predict = verb("predict", _predict, "answer for images with a registered model")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     predict.add_argument("--model", metavar="REF", default="scene@champion")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="labels to show")
-    predict.add_argument("--out", metavar="DIR", help="write predictions.json there")
+    predict.add_argument(
+        "--with",
+        dest="beside",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="what else the model reads of the same ground: second=FILE (the later date) or a "
+        "sensor's name; a folder has files of the same names",
+    )
+    predict.add_argument(
+        "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
+    )
 
     embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
     embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
@@ -226,6 +251,8 @@ def _changes(arguments: Arguments) -> dict[str, Any]:
             raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
         changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
     changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
+    if getattr(arguments, "task", None):
+        changes["tasks"] = list(dict.fromkeys(arguments.task))
     if arguments.data:
         changes["ingest.sources"] = [_source(arguments.data)]
     return changes
@@ -300,11 +327,14 @@ def _deploy(arguments: Arguments) -> None:
 
 
 def _print_report(report: "Report") -> int:
-    figures = [(name, value) for name, value in report.figures.items() if value not in (None, {})]
-    text = f"{report.stage}: done in {report.seconds:.1f} s\n{console.table(figures)}"
     from dataclasses import asdict
 
-    console.result(asdict(report), text.rstrip())
+    parts = [f"{report.stage}: done in {report.seconds:.1f} s", console.figures(report.figures)]
+    for name, rows in report.tables.items():
+        if rows and len(rows) <= SHOWN_ROWS:
+            cells = console.folded(rows)
+            parts += [f"\n{name.replace('_', ' ')}", console.table(*cells)]
+    console.result(asdict(report), "\n".join([*parts, *report.notes]).rstrip())
     return report.exit_code
 
 
@@ -377,13 +407,22 @@ def _pretrain(arguments: Arguments) -> int:
 
 
 def _finetune(arguments: Arguments) -> int:
+    again = ["finetune", arguments.task, *["--from-scratch"] * arguments.from_scratch]
+    more: dict[str, Any] = {}
+    if arguments.encoder:
+        from ringmo.inference.model import open_bundle
+
+        # Its folder: the processes of a training need not find the registry.
+        more["encoder"] = open_bundle(arguments.encoder, workspace=arguments.workspace).folder
+        again += ["--encoder", str(more["encoder"])]
     return _training(
         arguments,
-        ["finetune", arguments.task, *["--from-scratch"] * arguments.from_scratch],
+        again,
         f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}",
         "ringmo.training.finetune:finetune",
         task=arguments.task,
         from_scratch=arguments.from_scratch,
+        **more,
     )
 
 
@@ -551,9 +590,11 @@ def _models(arguments: Arguments) -> None:
 
     _, workspace = _open(arguments)
     if arguments.history:
-        tasks = [arguments.task] if arguments.task else [*TASKS, "encoder"]
+        models = [arguments.task] if arguments.task else [*tasks.names(), "encoder"]
         moves = [
-            {"model": task, **row} for task in tasks for row in promotion.history(workspace, task)
+            {"model": model, **row}
+            for model in models
+            for row in promotion.history(workspace, model)
         ]
         names = ("model", "when", "what", "from", "to", "who", "why")
         text = console.table([[row.get(name) or "-" for name in names] for row in moves], names)
@@ -611,15 +652,19 @@ def _predict(arguments: Arguments) -> int:
     from ringmo.inference import predict
 
     _, workspace = _open(arguments)
+    for given in arguments.beside:
+        if "=" not in given:
+            raise BadInput(f"--with {given}: expected NAME=PATH, as second=later.tif")
     answers = predict.predict(
         workspace,
         arguments.images,
         arguments.model,
         top=arguments.top,
         out=Path(arguments.out) if arguments.out else None,
+        beside=dict(given.split("=", 1) for given in arguments.beside),
     )
     console.result({"predictions": answers}, predict.text(answers))
-    return 0 if any("label" in answer for answer in answers) else BadInput.exit_code
+    return 0
 
 
 def _embed(arguments: Arguments) -> None:

@@ -35,20 +35,23 @@ class About(Section):
 
     masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
-    masks, where folders' names do not say so. vector_class: the attribute of the vectors that
-    is their class.
+    masks, height_files: of those that are heights, where folders' names do not say so.
+    vector_class: the attribute of the vectors that is their class.
     """
 
     sensor: str | None = None
-    layout: Literal["auto", "classes", "masks", "change", "voc", "dota", "fair1m", "vectors"] = (
-        "auto"
-    )
+    layout: Literal[
+        "auto", "classes", "masks", "change", "voc", "dota", "fair1m", "coco", "vectors", "height"
+    ] = "auto"
     masks: str = "auto"
     mask_files: list[str] = []
+    height_files: list[str] = []
     vector_class: str | None = None
 
 
-MASK_CODINGS = ("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid")
+MASK_CODINGS = (
+    *("auto", "binary", "index", "loveda", "potsdam", "vaihingen", "isaid", "sen1floods11"),
+)
 
 
 class Ingest(Section):
@@ -177,6 +180,7 @@ class Sensor(Section):
 
 
 class Split(Section):
+    by: Literal["place", "block"] = "place"
     test: float = Field(0.2, gt=0, lt=1)
     val: float = Field(0.1, gt=0, lt=1)
     near_duplicate_bits: int = Field(3, ge=0, le=3)
@@ -198,6 +202,7 @@ class Validate(Section):
     max_cloud_share: Share = 0.8
     max_imbalance: float = Field(10, ge=1)
     min_tiles_per_class: Positive = 8
+    height_range: tuple[FiniteFloat, FiniteFloat] = (-500, 9000)
     retired_classes: list[str] = []
     max_share_change: Share = 0.1
     max_band_shift: float = Field(0.5, gt=0)
@@ -207,10 +212,25 @@ class Validate(Section):
         *("class_shares", "band_means"),
     ]
 
+    @model_validator(mode="after")
+    def _a_range(self) -> "Validate":
+        if not self.height_range[0] < self.height_range[1]:
+            raise ValueError(f"height_range is [lowest, highest], found {list(self.height_range)}")
+        return self
+
 
 class Select(Section):
+    """beside: further sensors that a task's model reads with `sensor`, of the very same ground."""
+
     sensor: str = "rgb"
+    beside: list[str] = []
     labels_per_class: Positive | None = None
+
+    @model_validator(mode="after")
+    def _others(self) -> "Select":
+        if len({self.sensor, *self.beside}) <= len(self.beside):
+            raise ValueError("beside: sensors other than `sensor`, each once")
+        return self
 
 
 class Model(Section):
@@ -310,9 +330,16 @@ class Pretrain(Training):
 
 
 class Finetune(Training):
+    """Of one task. What only some tasks have is refused elsewhere: see `Config`."""
+
     image_size: Annotated[int, Field(ge=16)] | None = None
     window_size: Positive | None = None
+    freeze: bool = False
+    early_stop: Positive | None = None
     layer_decay: Ratio = 1.0
+    class_weights: Literal["none", "balanced"] = "none"
+    heights: Literal["absolute", "above_lowest"] = "absolute"
+    multi_label: bool = False
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
@@ -351,37 +378,67 @@ class Hardware(Section):
 
 
 class Evaluate(Section):
+    flips: Literal[1, 2, 4, 8] = 1
     histogram_baseline: bool = True
     bootstrap_samples: int = Field(1000, ge=100)
     worst: Positive = 24
 
 
 class Compare(Section):
-    """`ringmo compare`: the first of `methods` is the one that is compared with all others."""
+    """`ringmo compare`: the first of `initialisations` is compared with all others.
 
-    methods: list[Literal["ringmo", "simmim", "mae"]] = Field(
-        default=["ringmo", "simmim"], min_length=1
-    )
-    labels_per_class: list[Positive] = Field(default=[5, 20, 80], min_length=1)
+    They are methods of pre-training, `scratch`, `imagenet` (timm's weights), a registered encoder
+    (encoder/3, encoder@champion) or the folder of an encoder's bundle.
+    """
+
+    tasks: list[str] | None = None
+    initialisations: list[str] = Field(default=["ringmo", "simmim", "scratch"], min_length=1)
+    labels: dict[str, Annotated[list[Positive], Field(min_length=1)]] = {}
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1, 2, 3], min_length=1)
     finetune_steps: Positive = 1000
     scratch_equal_total: bool = True
 
-    @field_validator("methods", "labels_per_class", "seeds")
+    @field_validator("tasks", "initialisations", "seeds")
     @classmethod
-    def _once_each(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) < len(values):
+    def _once_each(cls, values: list[Any] | None) -> list[Any] | None:
+        if values is not None and len(set(values)) < len(values):
             raise ValueError("each may stand here once")
+        return values
+
+    @field_validator("labels")
+    @classmethod
+    def _counts_once(cls, labels: dict[str, list[int]]) -> dict[str, list[int]]:
+        for task, counts in labels.items():
+            if len(set(counts)) < len(counts):
+                raise ValueError(f"{task}: each may stand here once")
+        return labels
+
+    @field_validator("initialisations")
+    @classmethod
+    def _named(cls, values: list[str]) -> list[str]:
+        known = ("ringmo", "simmim", "mae", "imagenet", "scratch")
+        for value in values:
+            # A version or a folder has one of these in its name.
+            if value not in known and not set(value) & set("/@."):
+                near = difflib.get_close_matches(value, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}"
+                raise ValueError(
+                    f"`{value}` is no way to begin; {hint}, and encoder/NUMBER or a bundle's folder"
+                )
         return values
 
 
 class Gate(Section):
-    metric: Literal["accuracy", "mean_f1"] = "accuracy"
-    max_drop: Share = 0.03
-    min_value: Share = 0.0
+    """metric: a figure of the task's; null: its main one. max_drop: in its unit."""
+
+    metric: str | None = None
+    max_drop: float = Field(0.03, ge=0)
+    min_value: float | None = None
+    max_value: float | None = None
 
 
 class Run(Section):
+    side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
     retry_delay_s: float = Field(10, ge=0)
     stage_time_limit_min: float = Field(720, gt=0)
@@ -409,7 +466,7 @@ class Config(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     schema_version: Literal[1] = Field(alias="schema")
-    tasks: list[Literal["scene"]]
+    tasks: list[str] = Field(min_length=1)
     ingest: Ingest
     sensors: dict[str, Sensor]
     split: Split
@@ -417,15 +474,27 @@ class Config(Section):
     select: Select
     model: Model
     pretrain: Pretrain
-    finetune: dict[Literal["scene"], Finetune]
+    finetune: dict[str, Finetune]
     hardware: Hardware = Hardware()
     evaluate: Evaluate
     compare: Compare = Compare()
-    gate: dict[Literal["scene"], Gate]
+    gate: dict[str, Gate]
     run: Run
     schedule: Schedule
     versioning: Versioning
     services: Services
+
+    @field_validator("tasks", "finetune", "gate")
+    @classmethod
+    def _tasks_there_are(cls, given: Any) -> Any:
+        from ringmo import tasks
+
+        for name in given:
+            if name not in tasks.names():
+                raise ValueError(tasks.unknown(name))
+        if isinstance(given, list) and len(set(given)) < len(given):
+            raise ValueError("each may stand here once")
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -435,36 +504,31 @@ class Config(Section):
                     f"ingest.about: {source}: `{about.sensor}` is not among sensors "
                     f"({', '.join(self.sensors)})"
                 )
-        if self.select.sensor not in self.sensors:
-            raise ValueError(
-                f"select.sensor: `{self.select.sensor}` is not among sensors "
-                f"({', '.join(self.sensors)})"
-            )
+        for name in (self.select.sensor, *self.select.beside):
+            if name not in self.sensors:
+                raise ValueError(
+                    f"select: `{name}` is not among sensors ({', '.join(self.sensors)})"
+                )
         for name in self.pretrain.mix:
             if name not in self.sensors:
                 raise ValueError(
                     f"pretrain.mix: `{name}` is not among sensors ({', '.join(self.sensors)})"
                 )
-        if self.select.sensor not in self.pretrain.mix:
-            raise ValueError(
-                f"pretrain.mix: the tasks' sensor `{self.select.sensor}` (select.sensor) is "
-                f"missing: give it a share"
-            )
+        for name in (self.select.sensor, *self.select.beside):
+            if name not in self.pretrain.mix:
+                where = "sensor" if name == self.select.sensor else "beside"
+                raise ValueError(
+                    f"pretrain.mix: the tasks' sensor `{name}` (select.{where}) is missing: give "
+                    f"it a share"
+                )
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
-            settings, size = self.finetune[task], self.finetune[task].sized(self.model).image_size
-            if settings.test_resize is not None and settings.test_resize < size:
-                raise ValueError(
-                    f"finetune.{task}.test_resize: {settings.test_resize} is less than the "
-                    f"{size} pixels that are cut from it"
-                )
-            sensor = self.sensors[self.select.sensor]
-            if settings.rand_augment and (len(sensor.bands), sensor.dtype) != (3, "uint8"):
-                raise ValueError(
-                    f"finetune.{task}.rand_augment: is for 8-bit colours, `{self.select.sensor}` "
-                    f"has {len(sensor.bands)} bands of {sensor.dtype}: set 0"
-                )
+        for task in (*(self.compare.tasks or []), *self.compare.labels):
+            if task not in self.finetune:
+                raise ValueError(f"compare: `{task}` has no section in finetune")
+        for task, settings in self.finetune.items():
+            self._check_task(task, settings)
         method = self.pretrain.method
         if method == "mae" and (self.model.backbone, self.model.position) != ("vit", "sincos"):
             raise ValueError(
@@ -479,6 +543,38 @@ class Config(Section):
                 f"model.image_size ({self.model.image_size})"
             )
         return self
+
+    def _check_task(self, task: str, settings: Finetune) -> None:
+        where = f"finetune.{task}"
+        if task in self.tasks:
+            size = settings.sized(self.model).image_size
+            if settings.test_resize is not None and settings.test_resize < size:
+                raise ValueError(
+                    f"{where}.test_resize: {settings.test_resize} is less than the {size} pixels "
+                    f"that the model reads of it"
+                )
+        sensor = self.sensors[self.select.sensor]
+        if settings.rand_augment and (len(sensor.bands), sensor.dtype) != (3, "uint8"):
+            raise ValueError(
+                f"{where}.rand_augment: is for 8-bit colours, `{self.select.sensor}` "
+                f"has {len(sensor.bands)} bands of {sensor.dtype}: set 0"
+            )
+        # Mixed or covered images have no true mask and no true boxes.
+        only = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": 0.0}
+        only |= {"multi_label": False}
+        for name, off in only.items():
+            if task != "scene" and getattr(settings, name) != off:
+                raise ValueError(f"{where}.{name}: is for scene alone: leave it out")
+        if task != "height" and settings.heights != "absolute":
+            raise ValueError(f"{where}.heights: is for height alone: leave it out")
+        mixes = settings.mixup or settings.cutmix or settings.random_erasing
+        if self.select.beside and (mixes or settings.rand_augment):
+            raise ValueError(
+                f"{where}: mixup, cutmix, random_erasing and rand_augment are for one sensor: set "
+                f"them to 0, or select.beside to []"
+            )
+        if settings.multi_label and (settings.mixup or settings.cutmix):
+            raise ValueError(f"{where}.multi_label: goes without mixup and cutmix: set them to 0")
 
     @classmethod
     def load(cls, path: Path) -> "Config":

@@ -79,3 +79,53 @@ def progress(label: str, total: int) -> Iterator[Progress]:
     """`with progress("ingest", n) as bar: bar.advance()`."""
     with Progress(label, total) as bar:
         yield bar
+
+
+def figures(values: dict[str, Any]) -> str:
+    """Figures by name as two columns; an interval's ends stand with their figure."""
+    cells, rows = folded([values])
+    return table(zip(rows, cells[0], strict=True)) if cells else ""
+
+
+def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Rows of cells, and the columns' names: NAME_low and NAME_high stand in NAME's column.
+
+    What is for programs alone is left out: hashes, and what no row has.
+    """
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if not n.endswith("_hash")]
+    names = [n for n in names if any(row.get(n) not in (None, {}) for row in rows)]
+    ends = {n for n in names if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names}
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value, low, high = (row.get(n) for n in (name, f"{name}_low", f"{name}_high"))
+        if value is None or value == {}:
+            return ""
+        return f"{value} ({low} to {high})" if low is not None and high is not None else str(value)
+
+    shown = [name for name in names if name not in ends]
+    return [[cell(row, name) for name in shown] for row in rows], shown
+
+
+def figure(value: float | None, unit: str = "%", *, points: bool = False) -> str:
+    """A figure for people: shares in %, differences of shares in points, lengths in metres."""
+    if value is None:
+        return "-"
+    if unit == "m":
+        return f"{value:.2f} m"
+    return f"{100 * value:.1f} {'points' if points else unit}"
+
+
+def interval(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    unit: str = "%",
+    *,
+    points: bool = False,
+) -> str:
+    """A figure with its 95 % interval, where it has one."""
+    said = figure(value, unit, points=points)
+    if value is None or low is None or high is None:
+        return said
+    times, digits = (1, 2) if unit == "m" else (100, 1)
+    return f"{said} ({times * low:.{digits}f} to {times * high:.{digits}f})"

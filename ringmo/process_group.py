@@ -11,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+POLL_S = 0.1
+_running: dict[int, float] = {}  # group → its grace period, seconds
+_lock = threading.Lock()
+
 
 def run_group(
     command: list[str],
@@ -39,17 +43,32 @@ def run_group(
         start_new_session=True,
     )
     reader = threading.Thread(target=_read, args=(process.stdout, follow), daemon=True)
+    with _lock:
+        _running[process.pid] = grace_s
     try:
         if piped:
             reader.start()
-        status = process.wait()
-    except BaseException:
+        # In short waits: what is raised in a thread from outside arrives between two of them.
+        while (status := process.poll()) is None:
+            time.sleep(POLL_S)
+    finally:
         end_group(process.pid, grace_s)
-        raise
-    end_group(process.pid, grace_s)
+        with _lock:
+            del _running[process.pid]
     if piped:
         reader.join(10)
     return status
+
+
+def end_all() -> None:
+    """End the groups that other threads wait for, side by side, each within its grace period."""
+    with _lock:
+        running = dict(_running)
+    enders = [threading.Thread(target=end_group, args=group) for group in running.items()]
+    for ender in enders:
+        ender.start()
+    for ender in enders:
+        ender.join()
 
 
 def _read(stream: IO[bytes], follow: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from ringmo.cli import build_parser, main
 from ringmo.workspace import Workspace
 
 VERBS = {
-    "run": {"--data", "--recipe", "--set", "--dry-run"},
+    "run": {"--data", "--recipe", "--set", "--task", "--dry-run"},
     "init": set(),
     "up": set(),
     "down": set(),
@@ -23,7 +23,7 @@ VERBS = {
     "validate": set(),
     "select": set(),
     "pretrain": set(),
-    "finetune": {"--from-scratch"},
+    "finetune": {"--from-scratch", "--encoder"},
     "evaluate": set(),
     "register": {"--flow-run"},
     "data": set(),
@@ -32,7 +32,7 @@ VERBS = {
     "promote": {"--force", "--by", "--reason"},
     "rollback": {"--by", "--reason"},
     "lineage": set(),
-    "predict": {"--model", "--top", "--out"},
+    "predict": {"--model", "--top", "--out", "--with"},
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
 }

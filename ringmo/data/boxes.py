@@ -1,4 +1,5 @@
-"""Boxes around objects: read from VOC and FAIR1M's XML and DOTA's text, cut to a tile, written.
+"""Boxes around objects: read from VOC's and FAIR1M's XML, DOTA's text and COCO's JSON, cut to a
+tile, written.
 
 A coordinate is in pixels from the image's top left corner, as the file gives it: published sets
 disagree on whether the first pixel is 0 or 1, and one pixel is within their care.
@@ -45,6 +46,32 @@ def read(file: Path, size: tuple[int, int]) -> list[Box]:
     except OSError as error:
         raise BadInput(f"its boxes cannot be read: {error.strerror}") from None
     found = _xml(data, size) if data.lstrip(BLANK).startswith(XML_STARTS) else _dota(data)
+    return _checked(found, size)
+
+
+def from_coco(data: bytes, size: tuple[int, int]) -> list[Box]:
+    """The boxes of an image of `size`, of what `coco.read` kept of it.
+
+    Raises:
+        BadInput: as `read`.
+    """
+    what = json.loads(data)
+    declared = tuple(what["size"])
+    if all(declared) and declared != size:
+        raise BadInput(
+            f"its boxes are of an image of {declared[1]}x{declared[0]} pixels, it has "
+            f"{size[1]}x{size[0]}"
+        )
+    found = []
+    for number, (name, x, y, width, height, crowd) in enumerate(what["boxes"], 1):
+        if width <= 0 or height <= 0:
+            raise BadInput(f"its boxes: object {number} ({name[:40]}) has no area")
+        right, below = x + width, y + height
+        found.append(Box(name, [(x, y), (right, y), (right, below), (x, below)], crowd))
+    return _checked(found, size)
+
+
+def _checked(found: list[Box], size: tuple[int, int]) -> list[Box]:
     for number, box in enumerate(found, 1):
         where = f"object {number} ({' '.join(box.name.split())[:40]})"
         if not box.name.strip():

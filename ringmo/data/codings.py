@@ -77,6 +77,8 @@ BUILT_IN = {
         ("background", "building", "road", "water", "barren", "forest", "agriculture"),
         values={0: UNKNOWN} | {value: value - 1 for value in range(1, 8)},
     ),
+    # Bonafilia et al. 2020; what is unknown is -1.
+    "sen1floods11": Coding(("land", "water"), values={0: 0, 1: 1, UNKNOWN: UNKNOWN}),
     "potsdam": ISPRS,
     "vaihingen": ISPRS,
     "isaid": _coloured(  # Zamir et al. 2019

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # The columns that say where a member lies; of an image they have no prefix.
-PARTS = ("", "mask_", "boxes_")
+PARTS = ("", *(f"{part}_" for part in store.LABELS))
 
 
 def compact(workspace: Workspace) -> Report:

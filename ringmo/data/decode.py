@@ -65,6 +65,42 @@ def decode(data: bytes, dtype: str | None = None) -> Pixels:
     return pixels if dtype is None else fitted(pixels, dtype)
 
 
+def decode_mask(data: bytes) -> Pixels:
+    """A stored mask, (H, W, 1) of uint8: the numbers of its coding's classes.
+
+    Raises:
+        BadInput: damaged; the reason.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
+            return np.asarray(opened.convert("L"))[:, :, None]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"damaged mask: {_short(error)}") from None
+
+
+def decode_heights(data: bytes) -> Pixels:
+    """Stored heights, (H, W, 1) of float32, in metres; NaN where there are none.
+
+    Raises:
+        BadInput: damaged; the reason.
+    """
+    from rasterio.errors import RasterioError, RasterioIOError
+    from rasterio.io import MemoryFile
+
+    expect_no_coordinates()
+    try:
+        with MemoryFile(data) as file, file.open(driver="GTiff") as opened:
+            raw, gaps = read(opened)
+    except (RasterioIOError, RasterioError) as error:
+        raise BadInput(f"damaged heights: {_short(error)}") from None
+    heights = raw[:, :, :1].astype(np.float32)
+    if gaps is not None:
+        heights[gaps[:, :, :1]] = np.nan
+    return heights
+
+
 def fitted(pixels: Pixels, dtype: str) -> Pixels:
     """Decoded pixels as their sensor's dtype: uint16 as int16, float64 as float32.
 

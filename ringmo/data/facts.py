@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo.config import Config
-from ringmo.data import places, store
+from ringmo.data import places, store, tables
 from ringmo.errors import BadInput
 
 if TYPE_CHECKING:
@@ -29,9 +29,14 @@ NEEDED = [
     *("cloud_share", "band_means", "band_stds", "second", "mask_shard", "mask_offset"),
     *("mask_size", "mask_width", "mask_height", "mask_coding", "mask_counts", "boxes_shard"),
     *("boxes_offset", "boxes_size", "boxes_count", "boxes_outside", "boxes_classes"),
+    *("height_shard", "height_offset", "height_size", "height_width", "height_height"),
+    *("height_known", "height_min", "height_max", "height_mean", "height_std"),
 ]
 # Text of few values, read as numbers and a list of what they stand for.
-FEW = ["shard", "sensor", "crs", "split", "label", "mask_shard", "mask_coding", "boxes_shard"]
+FEW = [
+    *("shard", "sensor", "crs", "split", "label", "mask_shard", "mask_coding", "boxes_shard"),
+    "height_shard",
+]
 UNKNOWN = 255  # in a mask, where the class is not known
 
 Codings = Mapping[str, Sequence[str]]
@@ -160,6 +165,7 @@ def of_tiles(
     shared, partners = _shared(config, tiles, alike)
     facts |= shared
     facts |= _labels(tiles, shard_sizes, known)
+    facts |= _heights(config, tiles)
     return facts, partners
 
 
@@ -430,28 +436,64 @@ def _labels(
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     codes, names = few(tiles, "label")
-    blank = np.array([*(not name.strip() for name in names), False])
+    blank = np.array([*(_nameless(name) for name in names), False])
     facts["label_named"] = ~blank[codes]
 
     masked = numbers(tiles, "mask_size") > 0
-    sides = {n: numbers(tiles, n) for n in ("width", "height", "mask_width", "mask_height")}
-    facts["mask_unlike"] = told(
-        masked
-        & ((sides["mask_width"] != sides["width"]) | (sides["mask_height"] != sides["height"])),
-        lambda row: (
-            f"mask {sides['mask_width'][row]:.0f}x{sides['mask_height'][row]:.0f}, "
-            f"tile {sides['width'][row]:.0f}x{sides['height'][row]:.0f}"
-        ),
-    )
-    beyond = [
-        _beyond(tiles, [f"{kind}_{part}" for part in ("shard", "offset", "size")], shard_sizes)
-        for kind in ("mask", "boxes")
-    ]
-    facts["labels_beyond_shard"] = np.where(beyond[0] == None, beyond[1], beyond[0])  # noqa: E711
+    facts["mask_unlike"] = _unlike(tiles, "mask")
+    beyond = np.full(len(tiles), None, object)
+    for kind in store.LABELS:
+        names = [f"{kind}_{part}" for part in ("shard", "offset", "size")]
+        of_kind = _beyond(tiles, names, shard_sizes)
+        beyond = np.where(beyond == None, of_kind, beyond)  # noqa: E711
+    facts["labels_beyond_shard"] = beyond
     facts["mask_strange"] = _strange(tiles, masked, known)
     facts["boxes_outside"] = np.nan_to_num(numbers(tiles, "boxes_outside"))
     facts["boxes_unnamed"] = _unnamed(tiles)
     return facts
+
+
+def _nameless(label: str) -> bool:
+    """Whether a label, or one of its classes, is blank, or they are not in order."""
+    return tables.joined(tables.classes_of(label)) != label.strip()
+
+
+def _unlike(tiles: "pyarrow.Table", kind: str) -> Texts:
+    """Tiles whose mask, or heights, are of another size."""
+    sides = [numbers(tiles, name) for name in ("width", "height", f"{kind}_width")]
+    wide, high, own_wide = sides
+    own_high = numbers(tiles, f"{kind}_height")
+    has = numbers(tiles, f"{kind}_size") > 0
+    return told(
+        has & ((own_wide != wide) | (own_high != high)),
+        lambda row: (
+            f"{kind} {own_wide[row]:.0f}x{own_high[row]:.0f}, tile {wide[row]:.0f}x{high[row]:.0f}"
+        ),
+    )
+
+
+def _heights(config: Config, tiles: "pyarrow.Table") -> dict[str, Any]:
+    has = numbers(tiles, "height_size") > 0
+    known, low, high, mean, std = (
+        numbers(tiles, f"height_{name}") for name in ("known", "min", "max", "mean", "std")
+    )
+    with np.errstate(invalid="ignore"):
+        slack = 1e-6 * np.maximum(np.abs(low), np.abs(high))  # a mean is rounded
+        sound = (known > 0) & (known <= 1) & (std >= 0) & np.isfinite(std)
+        sound &= (low - slack <= mean) & (mean <= high + slack) & np.isfinite(low + high)
+        least, most = config.validate_.height_range
+        beyond = has & ((low < least) | (high > most))
+    return {
+        "height_unlike": _unlike(tiles, "height"),
+        "height_unmeasured": told(
+            has & ~sound,
+            lambda row: (
+                f"{known[row]:.1%} known, {low[row]:g} to {high[row]:g} m, mean {mean[row]:g}, "
+                f"deviation {std[row]:g}"
+            ),
+        ),
+        "height_beyond": told(beyond, lambda row: f"{low[row]:g} to {high[row]:g} m"),
+    }
 
 
 def _strange(tiles: "pyarrow.Table", masked: Flags, known: Codings) -> Texts:
@@ -633,20 +675,19 @@ def of_classes(
     seen = np.array([*(name == config.select.sensor for name in sensor_names), False])[sensors]
     labels, label_names = few(tiles, "label")
     splits, split_names = few(tiles, "split")
-    every = np.bincount(labels[labels >= 0], minlength=len(label_names))
-    counts = {
-        part: np.bincount(
-            labels[(labels >= 0) & seen & (splits == split_names.index(part))],
-            minlength=len(label_names),
-        )
-        if part in split_names
-        else np.zeros(len(label_names), np.int64)
-        for part in SPLITS
-    }
-    samples = np.bincount(labels[(labels >= 0) & seen], minlength=len(label_names))
-    largest = samples.max(initial=0)
+
+    def count(chosen: Flags) -> dict[str, int]:
+        found = np.bincount(labels[(labels >= 0) & chosen], minlength=len(label_names))
+        there = {n: int(c) for n, c in zip(label_names, found, strict=True) if c}
+        return tables.by_class(there)
+
+    every = count(np.ones(len(tiles), np.bool_))
+    number = {name: i for i, name in enumerate(split_names)}
+    counts = {part: count(seen & (splits == number.get(part, -2))) for part in SPLITS}
+    samples = count(seen)
+    largest = max(samples.values(), default=0)
     kinds = [
-        ("scene", "classes", {n: int(c) for n, c in zip(label_names, every, strict=True) if c}),
+        ("scene", "classes", every),
         ("masks", "mask_classes", summary["mask_classes"]),
         ("boxes", "box_classes", summary["box_classes"]),
     ]
@@ -673,11 +714,10 @@ def of_classes(
                 "share_change": moved.get(name),
             }
             if kind == "scene" and name not in lost:
-                at = label_names.index(name)
-                if not samples[at]:
+                if name not in samples:
                     continue  # of another sensor's tiles alone, which no task sees
-                row |= {part: counts[part][at] for part in SPLITS}
-                row |= {"samples": samples[at], "imbalance": largest / samples[at]}
+                row |= {part: counts[part].get(name, 0) for part in SPLITS}
+                row |= {"samples": samples[name], "imbalance": largest / samples[name]}
             elif name not in lost:
                 row[f"{kind}_tiles"] = tiles_of[kind].get(name)
             rows.append(row)
@@ -740,11 +780,10 @@ def rows_of_class(
     import pyarrow.compute as pc
 
     if kind == "scene":
-        labelled = pc.and_(
-            pc.equal(pc.cast(tiles["label"], "string"), name),
-            pc.equal(pc.cast(tiles["sensor"], "string"), config.select.sensor),
-        )
-        return _chosen(np.asarray(labelled.fill_null(False)))
+        codes, labels = few(tiles, "label")
+        of_class = np.array([*(name in tables.classes_of(label) for label in labels), False])
+        seen = pc.equal(pc.cast(tiles["sensor"], "string"), config.select.sensor)
+        return _chosen(of_class[codes] & np.asarray(seen.fill_null(False)))
     has = np.zeros(len(tiles), np.bool_)
     if kind == "boxes":
         for rows, _, _, classes in flat(tiles, "boxes_classes"):

@@ -176,7 +176,7 @@ class Gatherer:
 
     def take(self, done: Done) -> None:
         """What one task found; its spool file is used up."""
-        names = ["number", "key", "content_hash", "mask_hash", "boxes_hash"]
+        names = ["number", "key", "content_hash", *(f"{part}_hash" for part in store.LABELS)]
         names += [name for name in reading.SPOOLED if name != "number"]
         light = done.read.rows.select(names).to_pylist()
         spool = -1 if done.read.spool is None else os.open(done.read.spool, os.O_RDONLY)
@@ -289,7 +289,7 @@ class Gatherer:
         if at < 0 or not self.known.stored[at]:
             place = self.writer.copy(spool, row["image_start"], row["image_end"])
             where["shard"], where["offset"] = place
-        for part in ("mask", "boxes"):
+        for part in store.LABELS:
             shard, offset = None, 0
             if row[f"{part}_hash"] is not None:
                 if at >= 0 and self._known(at, f"{part}_hash") == row[f"{part}_hash"]:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import About, Config, digest
-from ringmo.data import cluster, codings, decisions, facts, places, scan, store
+from ringmo.data import blocks, cluster, codings, decisions, facts, places, scan, store, tables
 from ringmo.data.buckets import Bucket
 from ringmo.data.gather import Gathered, Gatherer, KnownTiles
 from ringmo.data.pipeline import in_order
@@ -60,7 +61,7 @@ def ingest(config: Config, workspace: Workspace) -> Report:
     """Bring the tile store to what the sources hold now.
 
     Report figures: images_found, images_read, tiles, new_tiles, new_shards, set_aside,
-    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, pairs,
+    set_aside_reasons, duplicates, other_files, classes, labelled, masks, boxes, heights, pairs,
     windows_skipped, places, biggest_place, near_duplicates, unused, images_per_s, unchanged,
     generated. Table `seconds`: what each part took.
 
@@ -144,7 +145,7 @@ def _ingest(config: Config, workspace: Workspace, made: Callable[[], None]) -> R
             report.notes.append(text)
             console.note(f"ingest: {text}")
         fresh = int(gathered.rows["place"].null_count)
-        links = _place(config, root, old, gathered, writer)
+        links = _place(config, root, old, gathered, writer, report)
         clock("place")
         writer.commit()
     except BaseException:
@@ -241,14 +242,17 @@ def _settings(config: Config) -> str:
 
 
 def _attached(config: Config, images: Sequence[Image]) -> NDArray[np.int64]:
-    """Numbers that change with an image's labels, with what their values mean, and with what
-    ingest.about says of the image."""
+    """Numbers that change with an image's labels, with what their values mean, with its second
+    date, and with what ingest.about says of the image."""
     known = config.ingest.mask_codings
     numbers = np.zeros(len(images), np.int64)
+    dated = {image.root for image in images if image.second is not None}
+    others = {(i.root, i.path): [i.size, i.mtime_ns] for i in images if i.root in dated}
     for i, image in enumerate(images):
-        if image.attachments or image.sensor is not None:
+        if image.attachments or image.sensor is not None or image.second is not None:
+            second = [] if image.second is None else others.get((image.root, image.second), [])
             # The classes' order gives their numbers; a digest of a dict would not tell.
-            told = digest(image.sensor, list(known.get(image.masks, {}).items()))
+            told = digest(image.sensor, list(known.get(image.masks, {}).items()), *second)
             numbers[i] = image.attached ^ int(told[:15], 16)
     return numbers
 
@@ -415,11 +419,17 @@ def _kind(reason: str) -> str:
 PLACED = [
     *("key", "source_root", "source", "sensor", "crs", "minx", "miny", "maxx", "maxy"),
     *("std", "phash", "label", "second", "shard", "offset", "size", "place", "split"),
+    *("row", "col", "width", "height"),
 ]
 
 
 def _place(
-    config: Config, root: Path, old: Old, gathered: Gathered, writer: store.ShardWriter
+    config: Config,
+    root: Path,
+    old: Old,
+    gathered: Gathered,
+    writer: store.ShardWriter,
+    report: Report,
 ) -> dict[str, int]:
     """Give new rows their place and split."""
     import pyarrow as pa
@@ -442,7 +452,12 @@ def _place(
     def fetch(shard: str, offset: int, size: int) -> bytes:
         return writer.read(shard, offset, size) or tiles.read(shard, offset, size)
 
-    new, counts = places.assign(
+    def tell(text: str) -> None:
+        report.notes.append(text)
+        console.note(f"ingest: {text}")
+
+    in_blocks = partial(blocks.assign, tell=tell)
+    new, counts = (in_blocks if config.split.by == "block" else places.assign)(
         known,
         rows.filter(fresh).to_pandas(),
         shares={"test": config.split.test, "val": config.split.val},
@@ -494,7 +509,7 @@ def _write(
         "ordinal": old.ordinal + 1,
         "sources": config.ingest.sources,
         "tiles": len(rows),
-        "classes": dict(sorted((row["values"], row["counts"]) for row in labels)),
+        "classes": tables.by_class({row["values"]: row["counts"] for row in labels}),
         "generated": bool(pc.any(rows["generated"]).as_py()),
         **facts.summary_of(rows, classes),
     }
@@ -534,7 +549,8 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         found = pc.value_counts(rows[column].drop_null()).to_pylist()
         return {row["values"]: row["counts"] for row in found}
 
-    labels = counts("label")
+    labelled = counts("label")
+    labels = tables.by_class(labelled)
     sizes = pc.value_counts(rows["place"]).field("counts")
     report.figures = {
         "images_found": 0,
@@ -547,9 +563,10 @@ def _figures(report: Report, gathered: Gathered, fresh: int, links: dict[str, in
         "duplicates": len(gathered.duplicates),
         "other_files": 0,
         "classes": len(labels),
-        "labelled": sum(labels.values()),
+        "labelled": sum(labelled.values()),
         "masks": len(rows) - rows["mask_shard"].null_count,
         "boxes": int(pc.sum(rows["boxes_count"]).as_py() or 0),
+        "heights": len(rows) - rows["height_shard"].null_count,
         "pairs": len(rows) - rows["second"].null_count,
         "windows_skipped": gathered.skipped,
         "places": len(sizes),

@@ -1,4 +1,5 @@
-"""An image's labels, cut like its tiles: masks as PNG, boxes as JSON, whatever they came as.
+"""An image's labels, cut like its tiles: masks as PNG, boxes as JSON, heights as TIFF, whatever
+they came as.
 
 What is wrong with the labels is a BadInput whose text is the reason alone, as with images.
 """
@@ -11,7 +12,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmo.data import boxes, codings
+from ringmo.data import boxes, codings, geotiff, heights, scenes
+from ringmo.data.resampling import Side, resampled
 from ringmo.data.sources import SHAPE_PARTS, Attachment, Image, suffix_of
 from ringmo.data.store import sha256
 from ringmo.data.vectors import Vectors
@@ -19,6 +21,7 @@ from ringmo.errors import BadInput
 
 ROUNDING = 1.0  # pixels: some data sets count from 1, some round
 STRIP = 4_000_000  # pixels of a mask that are looked at together
+MAX_APART = 1.0  # pixels: two grids of which corners lie farther apart are not of one ground
 
 
 class Window(Protocol):
@@ -43,8 +46,8 @@ class Window(Protocol):
 class Member:
     """A label of a tile, as the store keeps it, and its columns of the manifest."""
 
-    part: str  # mask or boxes
-    suffix: str  # mask.png or boxes.json
+    part: str  # one of store.LABELS
+    suffix: str  # mask.png, boxes.json or height.tif
     data: bytes
     facts: dict[str, Any]
 
@@ -64,12 +67,15 @@ class Labels:
         Args:
             size: the image's height and width, in its own pixels.
             mask_codings: ingest.mask_codings.
-            crs, transform: the image's, as rasterio has them; needed where it has vectors.
+            crs, transform: the image's, as rasterio has them; needed where it has vectors or
+                heights.
         """
         self.image, self.size, self.codings = image, size, mask_codings
         self.crs, self.transform = crs, transform
         self._open = ExitStack()
         self._mask: Any = None
+        self._heights: Any = None
+        self._geo_keys: geotiff.Tags | None = None
         self._vectors: Vectors | None = None
         self._boxes: list[boxes.Box] | None = None
         self._coding = image.masks
@@ -104,8 +110,13 @@ class Labels:
         for one in self.image.attachments:
             if one.part == "mask":
                 self._open_mask(one)
+            elif one.part == "height":
+                self._open_heights(one)
             elif one.part == "boxes":
-                self._boxes = boxes.read(one.file, self.size)
+                if one.data is None:
+                    self._boxes = boxes.read(one.file, self.size)
+                else:
+                    self._boxes = boxes.from_coco(one.data, self.size)
             elif suffix_of(one.path) not in SHAPE_PARTS:
                 self._vectors = Vectors(
                     one.file,
@@ -132,11 +143,24 @@ class Labels:
             counts.add(one.file)
             self._coding = codings.decide(counts, "auto", self.codings)
 
+    def _open_heights(self, one: Attachment) -> None:
+        self._heights = raster = self._open.enter_context(heights.opened(one.file))
+        if (raster.height, raster.width) != self.size:
+            raise BadInput(
+                f"its heights have {raster.width}x{raster.height} pixels, the image "
+                f"{self.size[1]}x{self.size[0]}"
+            )
+        own = (self.transform, self.crs)
+        off = scenes.apart(self.size, own, scenes.georeference(one.file))
+        if not off <= MAX_APART:
+            raise BadInput(f"its heights lie elsewhere, {off:.0f} pixels away")
+
     def of(self, window: Window) -> list[Member]:
         """The labels of one tile.
 
         Raises:
-            BadInput: a damaged mask, or one with values that its coding does not know.
+            BadInput: a damaged mask or raster of heights, or a mask with values that its coding
+                does not know.
         """
         members = []
         if self._mask is not None:
@@ -147,7 +171,46 @@ class Labels:
             members.append(self._mask_member(burnt))
         if self._boxes is not None:
             members.append(self._boxes_member(window))
+        if self._heights is not None:
+            cut = self._cut_heights(window)
+            if not np.isnan(cut).all():
+                members.append(self._height_member(window, cut))
         return members
+
+    def _cut_heights(self, window: Window) -> heights.Heights:
+        """The tile's heights: as they are, or resampled as its pixels are."""
+        rows, cols = (
+            Side(start, count, window.scale, length)
+            for start, count, length in (
+                (window.row, window.height, self.size[0]),
+                (window.col, window.width, self.size[1]),
+            )
+        )
+        values = heights.read(self._heights, rows.source, cols.source)
+        if window.scale == 1:
+            return values
+        gaps = np.isnan(values)[..., None]
+        made, _ = resampled(values[..., None], gaps, rows, cols, None)
+        return made[..., 0]
+
+    def _height_member(self, window: Window, values: heights.Heights) -> Member:
+        tags: geotiff.Tags = {}
+        if self.crs is not None:
+            if self._geo_keys is None:
+                self._geo_keys = geotiff.geo_keys(self.crs)
+            shift = window.col * window.scale, window.row * window.scale
+            place = self.transform @ self.transform.translation(*shift)
+            place = place @ self.transform.scale(window.scale)
+            tags = geotiff.placed(place, self._geo_keys)
+        data = heights.encoded(values, tags)
+        facts = {
+            "height_size": len(data),
+            "height_hash": sha256(data),
+            "height_width": values.shape[1],
+            "height_height": values.shape[0],
+            **heights.measured(values),
+        }
+        return Member("height", "height.tif", data, facts)
 
     def _cut_mask(self, window: Window) -> NDArray[np.uint8]:
         """Nearest neighbours of the tile's pixels."""

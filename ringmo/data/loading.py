@@ -2,26 +2,34 @@
 
 The CPU only decodes and shrinks each tile to one fixed small size; crops, flips, normalisation
 and masks are made of whole batches on the training device. What fits in memory is decoded once.
+
+With a tile come, where a task wants them, its parts: the mask, the heights, the same ground at a
+second date or by other sensors, each at the tile's size.
 """
 
+import json
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ringmo.data.decode import Pixels, decode
+from ringmo.data.decode import Pixels, decode, decode_heights, decode_mask
 from ringmo.data.store import TileStore
 from ringmo.errors import BadInput
 from ringmo.workspace import Workspace
+
+if TYPE_CHECKING:
+    from ringmo.tasks.base import Task
 
 # Decoded tiles are kept up to this many bytes: 70,000 tiles of 96 pixels, and never a surprise.
 CACHE_BYTES = 2_000_000_000
@@ -95,16 +103,57 @@ def _resized(cuts: Sequence[Pixels], size: int) -> Tensor:
     return resized.permute(0, 2, 3, 1).to(dtype)
 
 
+def padded(image: Pixels, fill: float | None = None) -> Pixels:
+    """An image (H, W, C) with more rows below or columns on the right, so that it is square.
+
+    Args:
+        fill: their value; None: the nearest pixel's.
+    """
+    height, width = image.shape[:2]
+    if height == width:
+        return image
+    side = max(height, width)
+    missing = ((0, side - height), (0, side - width), (0, 0))
+    if fill is None:
+        return np.pad(image, missing, mode="edge")
+    return np.pad(image, missing, constant_values=fill)
+
+
+def nearest(image: Pixels, size: int) -> Pixels:
+    """A square image (S, S, C) at another size, of the pixels nearest."""
+    if image.shape[0] == size:
+        return image
+    at = ((np.arange(size) + 0.5) * image.shape[0] / size).astype(np.int64)
+    taken: Pixels = image[at[:, None], at]
+    return taken
+
+
+IMAGE, MASK, HEIGHT, SECOND, BOXES = "image", "mask", "height", "second", "boxes"
+BESIDE = "beside:"  # and a sensor: the column with the key of its tile of the same ground
+UNKNOWN = {MASK: 255, HEIGHT: float("nan")}
+
+
 @dataclass
 class Batch:
     """images: of the sensor's dtype, (B, C, size, size), in memory with the bands innermost.
 
-    rows: their positions in the selection's table. waited_s: how long the training waited.
+    rows: their positions in the selection's table. parts: what a task wants beside them, by
+    name, alike in shape. waited_s: how long the training waited.
     """
 
     images: Tensor
     rows: NDArray[np.int64]
+    parts: dict[str, Tensor] = field(default_factory=dict)
     waited_s: float = 0.0
+
+
+@dataclass
+class _Plane:
+    """One of the things a tile has at every pixel: how it is read, and what its pixels are."""
+
+    read: Callable[[int], Pixels]
+    bands: int
+    dtype: torch.dtype
 
 
 class SelectedTiles:
@@ -116,10 +165,12 @@ class SelectedTiles:
     Args:
         split: only its tiles. None: all.
         sensor: only its tiles. None: all, of which one batch still holds one sensor's.
+        task: what it needs of a tile beside the image is read too, and tiles become squares as
+            it wants them. beside: sensors whose tiles of the same ground are read too.
 
     Raises:
-        BadInput: the selection is missing, or names a tile that the store lacks or whose
-            bytes changed.
+        BadInput: the selection is missing, or names a tile or a label that the store lacks or
+            whose bytes changed.
     """
 
     def __init__(
@@ -128,10 +179,15 @@ class SelectedTiles:
         selection: Path,
         split: str | None = None,
         sensor: str | None = None,
+        *,
+        task: "Task | None" = None,
+        beside: Sequence[str] = (),
     ) -> None:
         import pandas as pd
 
-        self.store = TileStore(workspace.store)
+        self.store, self.whole = TileStore(workspace.store), task is not None and task.padded
+        parts = () if task is None else task.parts
+        self.parts = tuple(part for part in parts if part in (MASK, HEIGHT, SECOND))
         try:
             chosen = pd.read_parquet(selection)
         except FileNotFoundError:
@@ -142,13 +198,17 @@ class SelectedTiles:
             chosen = chosen[chosen["split"] == split]
         manifest = self.store.manifest().set_index("key")
         known = manifest.reindex(chosen["key"])
-        wrong = known["content_hash"].to_numpy() != chosen["content_hash"].to_numpy()
-        if wrong.any():
-            key = chosen["key"].to_numpy()[wrong][0]
-            raise BadInput(
-                f"{selection}: tile {key} is not in the store as it was selected "
-                f"({int(wrong.sum())} such): run `ringmo select`"
-            )
+        for column in ("content_hash", "mask_hash", "boxes_hash", "height_hash"):
+            if column not in chosen:
+                continue
+            wrong = known[column].to_numpy() != chosen[column].to_numpy()
+            if wrong.any():
+                key = chosen["key"].to_numpy()[wrong][0]
+                what = "tile" if column == "content_hash" else column.removesuffix("_hash")
+                raise BadInput(
+                    f"{selection}: {what}{' of tile' * (what != 'tile')} {key} is not in the store "
+                    f"as it was selected ({int(wrong.sum())} such): run `ringmo select`"
+                )
         if sensor is not None:
             of_sensor = (known["sensor"] == sensor).to_numpy()
             chosen, known = chosen[of_sensor], known[of_sensor]
@@ -156,11 +216,23 @@ class SelectedTiles:
         own = set(chosen.columns)
         extra = known[[name for name in known.columns if name not in own]].reset_index(drop=True)
         self.table = pd.concat([chosen.reset_index(drop=True), extra], axis=1)
-        self._place = list(
-            zip(known["shard"], known["offset"].astype(int), known["size"].astype(int), strict=True)
-        )
+        self._place = _places(known)
         self._dtypes = [str(dtype) for dtype in known["dtype"]]
-        self._cache: dict[tuple[int, int], Tensor] = {}  # (size, row) → (size, size, C)
+        self._others: dict[str, tuple[list[Place], list[str], list[str]]] = {}
+        for name in [SECOND] * (SECOND in self.parts) + [BESIDE + one for one in beside]:
+            keys = self.table.get(name)
+            if keys is None or not keys.isin(manifest.index).all():
+                what = "second date" if name == SECOND else f"tile of {name.removeprefix(BESIDE)}"
+                raise BadInput(f"{selection}: a {what} is not in the store: run `ringmo select`")
+            rows = manifest.reindex(keys)
+            self._others[name] = _places(rows), [str(d) for d in rows["dtype"]], list(keys)
+        self._bands = {name: manifest["bands"].reindex(o[2]) for name, o in self._others.items()}
+        self._labels = {
+            part: _places(known, f"{part}_")
+            for part in (MASK, HEIGHT, BOXES)
+            if part in parts and f"{part}_shard" in known
+        }
+        self._cache: dict[tuple[str, int, int], Tensor] = {}  # (plane, size, row) → (size, size, C)
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
@@ -175,22 +247,57 @@ class SelectedTiles:
     def keys(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         return [str(key) for key in self.table["key"].to_numpy()[rows]]
 
+    @property
+    def others(self) -> list[str]:
+        """What further images its tiles have: `second`, `beside:SENSOR`."""
+        return list(self._others)
+
     def image(self, row: int) -> Pixels:
         """One tile as it is stored, (H, W, C).
 
         Raises:
             BadInput: unreadable, naming the tile.
         """
+        return self._decoded(self._place[row], self._dtypes[row], row)
+
+    def other(self, name: str, row: int) -> Pixels:
+        """The tile of the same ground at the `second` date, or of `beside:SENSOR`: (H, W, C)."""
+        places, dtypes, _ = self._others[name]
+        return self._decoded(places[row], dtypes[row], row)
+
+    def mask(self, row: int) -> Pixels:
+        """A tile's mask, (H, W, 1) of uint8: numbers of its coding's classes, 255 unknown."""
+        return self._named(row, lambda: decode_mask(self.store.read(*self._labels[MASK][row])))
+
+    def heights(self, row: int) -> Pixels:
+        """A tile's heights in metres, (H, W, 1) of float32, NaN where unknown."""
+        return self._named(row, lambda: decode_heights(self.store.read(*self._labels[HEIGHT][row])))
+
+    def boxes(self, row: int) -> list[dict[str, Any]]:
+        """A tile's boxes as `data.boxes` writes them, in pixels of the tile."""
         try:
-            return decode(self.store.read(*self._place[row]), self._dtypes[row])
+            found: list[dict[str, Any]] = json.loads(self.store.read(*self._labels[BOXES][row]))[
+                "boxes"
+            ]
+        except (ValueError, KeyError) as error:
+            raise BadInput(f"boxes of tile {self.keys([row])[0]}: damaged: {error}") from None
+        return found
+
+    def _decoded(self, place: "Place", dtype: str, row: int) -> Pixels:
+        return self._named(row, lambda: decode(self.store.read(*place), dtype))
+
+    def _named(self, row: int, read: Callable[[], Pixels]) -> Pixels:
+        """What `read` gives; its errors name the tile."""
+        try:
+            return read()
         except BadInput as error:
             raise BadInput(f"tile {self.table['key'].iloc[row]}: {error}") from None
 
     def small(self, row: int, size: int) -> Tensor:
         """One tile as a square, (C, size, size) of its dtype; decoded once where memory allows."""
-        bands, dtype = self._kind(np.array([row]))
-        pixels = torch.empty((1, size, size, bands), dtype=dtype)
-        self._fill(pixels, [row])
+        plane = self._planes(np.array([row]))[IMAGE]
+        pixels = torch.empty((1, size, size, plane.bands), dtype=plane.dtype)
+        self._fill(IMAGE, plane, pixels, [row])
         return pixels[0].permute(2, 0, 1).contiguous()
 
     def batches(
@@ -215,7 +322,7 @@ class SelectedTiles:
         """
         if not len(order):
             return
-        bands, dtype = self._kind(order)
+        planes = self._planes(order)
         # Pinned, a copy to the GPU runs beside the training instead of holding it up.
         pinned = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         starts = iter(range(0, len(order), batch_size))
@@ -224,21 +331,31 @@ class SelectedTiles:
 
             def prepare(start: int) -> None:
                 rows = order[start : start + batch_size]
-                shape = (len(rows), size, size, bands)
-                pixels = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-                parts = [
-                    pool.submit(self._fill, pixels[i : i + TOGETHER], rows[i : i + TOGETHER])
-                    for i in range(0, len(rows), TOGETHER)
-                ]
-                waiting.append((Batch(pixels.permute(0, 3, 1, 2), rows), parts))
+                whole: dict[str, Tensor] = {}
+                work = []
+                for name, plane in planes.items():
+                    shape = (len(rows), size, size, plane.bands)
+                    pixels = torch.empty(shape, dtype=plane.dtype, pin_memory=pinned)
+                    whole[name] = pixels.permute(0, 3, 1, 2)
+                    work += [
+                        pool.submit(
+                            self._fill,
+                            name,
+                            plane,
+                            pixels[i : i + TOGETHER],
+                            rows[i : i + TOGETHER],
+                        )
+                        for i in range(0, len(rows), TOGETHER)
+                    ]
+                waiting.append((Batch(whole.pop(IMAGE), rows, whole), work))
 
             try:
                 for _, start in zip(range(ahead), starts, strict=False):
                     prepare(start)
                 while waiting:
                     asked = time.perf_counter()
-                    batch, parts = waiting.popleft()
-                    for part in parts:
+                    batch, work = waiting.popleft()
+                    for part in work:
                         part.result()
                     batch.waited_s = time.perf_counter() - asked
                     for start in starts:
@@ -248,49 +365,84 @@ class SelectedTiles:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _kind(self, rows: NDArray[np.int64]) -> tuple[int, torch.dtype]:
-        """Bands and dtype that these tiles share."""
+    def _planes(self, rows: NDArray[np.int64]) -> dict[str, _Plane]:
+        """What these tiles have at every pixel; all share its bands and dtype."""
         kinds = self.table[["sensor", "bands", "dtype"]].iloc[rows].drop_duplicates()
         if len(kinds) > 1:
             raise BadInput(
                 f"tiles of more than one kind in one batch ({', '.join(kinds['sensor'])}): "
                 f"a batch holds one sensor's"
             )
-        dtype = str(kinds["dtype"].iloc[0])
-        if dtype not in DTYPES:
-            raise BadInput(
-                f"tile {self.keys(rows[:1])[0]}: pixels of {dtype}: tiles are of "
-                f"{', '.join(DTYPES)}"
-            )
-        return int(kinds["bands"].iloc[0]), DTYPES[dtype]
+        key = self.keys(rows[:1])[0]
+        image = _Plane(self.image, int(kinds["bands"].iloc[0]), _dtype(kinds["dtype"].iloc[0], key))
+        planes = {IMAGE: image}
+        for name, (_, dtypes, _) in self._others.items():
+            kept = {(int(self._bands[name].iloc[row]), dtypes[row]) for row in rows}
+            if len(kept) > 1 or (name == SECOND and kept != {(image.bands, dtypes[rows[0]])}):
+                raise BadInput(f"tile {key}: its {name} is of another kind than other tiles'")
+            bands, dtype = kept.pop()
 
-    def _fill(self, pixels: Tensor, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Tiles of these rows as squares into `pixels` (N, size, size, C)."""
+            def read(row: int, name: str = name) -> Pixels:
+                return self.other(name, row)
+
+            planes[name] = _Plane(read, bands, _dtype(dtype, key))
+        if MASK in self.parts:
+            planes[MASK] = _Plane(self.mask, 1, torch.uint8)
+        if HEIGHT in self.parts:
+            planes[HEIGHT] = _Plane(self.heights, 1, torch.float32)
+        return planes
+
+    def _fill(
+        self, name: str, plane: _Plane, pixels: Tensor, rows: Sequence[int] | NDArray[np.int64]
+    ) -> None:
+        """What tiles of these rows have there, as squares, into `pixels` (N, size, size, C)."""
         size = pixels.shape[1]
         new = []
         for i, row in enumerate(rows):
-            kept = self._cache.get((size, int(row)))
+            kept = self._cache.get((name, size, int(row)))
             if kept is None:
                 new.append(i)
             else:
                 pixels[i] = kept
         if not new:
             return
-        images = [self.image(int(rows[i])) for i in new]
+        images = [plane.read(int(rows[i])) for i in new]
         for i, image in zip(new, images, strict=True):
-            if (image.shape[2], DTYPES.get(str(image.dtype))) != (pixels.shape[3], pixels.dtype):
+            if (image.shape[2], DTYPES.get(str(image.dtype))) != (plane.bands, plane.dtype):
+                what = "" if name == IMAGE else f"{name}: "
                 raise BadInput(
-                    f"tile {self.keys([int(rows[i])])[0]}: {image.shape[2]} bands of "
+                    f"tile {self.keys([int(rows[i])])[0]}: {what}{image.shape[2]} bands of "
                     f"{image.dtype}, not what the manifest says: run `dvc checkout`"
                 )
-        fresh = squares(images, size)
+        fresh: Sequence[Tensor] | Tensor
+        if name in UNKNOWN:
+            fresh = [
+                torch.from_numpy(nearest(padded(image, UNKNOWN[name]), size)) for image in images
+            ]
+        else:
+            fresh = squares([padded(image) for image in images] if self.whole else images, size)
         for i, tile in zip(new, fresh, strict=True):
             pixels[i] = tile
             with self._lock:
                 fits = self._cached_bytes + tile.nbytes <= CACHE_BYTES
                 self._cached_bytes += tile.nbytes * fits
             if fits:
-                self._cache[size, int(rows[i])] = tile.clone()
+                self._cache[name, size, int(rows[i])] = tile.clone()
+
+
+Place = tuple[str, int, int]  # shard, offset and size
+
+
+def _places(rows: Any, part: str = "") -> list[Place]:
+    columns = (rows[f"{part}{name}"] for name in ("shard", "offset", "size"))
+    shard, offset, size = columns
+    return list(zip(shard, offset.astype(int), size.astype(int), strict=True))
+
+
+def _dtype(dtype: str, key: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise BadInput(f"tile {key}: pixels of {dtype}: tiles are of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ringmo.config import Config
-from ringmo.data import store, versions
+from ringmo.data import heights, store, tables, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import decode
 from ringmo.errors import BadInput
@@ -57,6 +57,8 @@ def write(config: Config, workspace: Workspace, out: Path) -> dict[str, Any]:
     sections = [
         _head(manifest, version),
         _counts(manifest),
+        _labels(manifest),
+        _heights(config, tiles, manifest),
         _aside(workspace),
         _contact_sheet(config, tiles, manifest),
         _map(manifest),
@@ -79,7 +81,7 @@ def write(config: Config, workspace: Workspace, out: Path) -> dict[str, Any]:
         "data_version": version,
         "tiles": len(manifest),
         "sensors": int(manifest["sensor"].nunique()),
-        "classes": int(manifest["label"].nunique()),
+        "classes": len(_classes(manifest)),
         "with_footprint": int(manifest["crs"].notna().sum()),
     }
 
@@ -99,7 +101,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
-    labelled, classes = int(manifest["label"].notna().sum()), manifest["label"].nunique()
+    labelled, classes = int(manifest["label"].notna().sum()), len(_classes(manifest))
     labels = f"{labelled:,} labelled, of {classes} classes" if labelled else "none labelled"
     places = manifest["place"].nunique()
     made_up = (
@@ -117,16 +119,84 @@ def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
 
 def _counts(manifest: "pandas.DataFrame") -> str:
     splits = [split for split in COLOURS if (manifest["split"] == split).any()]
-    labels = manifest["label"].fillna("(none)")
     parts = ["<h2>Classes, sensors, splits</h2>"]
-    for name, column in (("class", labels), ("sensor", manifest["sensor"])):
-        counts = manifest.groupby([column, "split"]).size().unstack(fill_value=0)
+    for name, table in (("class", _a_class_each(manifest, "(none)")), ("sensor", manifest)):
+        column = "label" if name == "class" else name
+        counts = table.groupby([column, "split"]).size().unstack(fill_value=0)
         rows = [
             [str(value), *(int(row.get(split, 0)) for split in splits), int(row.sum())]
             for value, row in counts.iterrows()
         ]
         parts.append(f"<p>{_table([name, *splits, 'tiles'], rows)}</p>")
     return "".join(parts)
+
+
+def _classes(manifest: "pandas.DataFrame") -> dict[str, int]:
+    """Tiles of each class; of several, a tile counts for each."""
+    counts = manifest["label"].value_counts()
+    return tables.by_class({str(label): int(count) for label, count in counts.items()})
+
+
+def _a_class_each(manifest: "pandas.DataFrame", none: str) -> "pandas.DataFrame":
+    """Rows once for each of their classes, in `label`; `none` where there is none."""
+    labels = manifest["label"].fillna(none).map(tables.classes_of)
+    return manifest.assign(label=labels).explode("label")
+
+
+def _labels(manifest: "pandas.DataFrame") -> str:
+    """Tiles with each kind of label, by sensor and split."""
+    kinds = (("masks", "mask_size"), ("boxes", "boxes_size"), ("heights", "height_size"))
+    rows = []
+    for sensor, group in manifest.groupby("sensor"):
+        for kind, column in kinds:
+            has = group[group[column] > 0]
+            if len(has):
+                splits = has["split"].value_counts()
+                each = [int(splits.get(split, 0)) for split in COLOURS]
+                objects = int(has["boxes_count"].sum()) if kind == "boxes" else ""
+                rows.append([kind, str(sensor), *each, len(has), objects])
+    if not rows:
+        return ""
+    return f"<h2>Labels</h2>{_table(['kind', 'sensor', *COLOURS, 'tiles', 'objects'], rows)}"
+
+
+def _heights(config: Config, tiles: store.TileStore, manifest: "pandas.DataFrame") -> str:
+    """Some tiles beside their heights, each from black, its lowest, to white."""
+    has = manifest[manifest["height_size"] > 0]
+    if has.empty:
+        return ""
+    parts = [
+        "<h2>Heights</h2>"
+        f"<p>{has['height_min'].min():.4g} to {has['height_max'].max():.4g} m; "
+        f"{(1 - has['height_known']).mean():.1%} of the pixels unknown (blue).</p>"
+    ]
+    for sensor, group in has.groupby("sensor"):
+        rows = group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN // 2).astype(int))]
+        images = "".join(
+            tile_image(config, tiles, row) + _height_image(tiles, row) for _, row in rows.iterrows()
+        )
+        parts.append(f"<b>{escape(str(sensor))}</b><div class='sheet'>{images}</div>")
+    for name in ("height_min", "height_mean", "height_max", "height_std"):
+        parts.append(_histogram(f"{name} (m)", has[name].dropna().to_numpy()))
+    return "".join(parts)
+
+
+def _height_image(tiles: store.TileStore, row: "pandas.Series[Any]") -> str:
+    from PIL import Image
+
+    place = row["height_shard"], int(row["height_offset"]), int(row["height_size"])
+    values = heights.decoded(tiles.read(*place))
+    low, high = row["height_min"], row["height_max"]
+    grey = np.nan_to_num((values - low) / max(high - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
+    shown = np.stack([grey] * 3, axis=-1)
+    shown[np.isnan(values)] = (0, 90, 200)
+    picture = Image.fromarray(shown)
+    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=80)
+    data = base64.b64encode(stream.getvalue()).decode()
+    about = escape(f"{row['source']}: {low:.4g} to {high:.4g} m")
+    return f"<img loading='lazy' title='{about}' src='data:image/jpeg;base64,{data}'>"
 
 
 def _aside(workspace: Workspace) -> str:
@@ -147,8 +217,7 @@ def _aside(workspace: Workspace) -> str:
 
 def _contact_sheet(config: Config, tiles: store.TileStore, manifest: "pandas.DataFrame") -> str:
     parts = ["<h2>Tiles by sensor and class</h2>"]
-    labels = manifest["label"].fillna("(no class)")
-    groups = list(manifest.groupby(["sensor", labels]))
+    groups = list(_a_class_each(manifest, "(no class)").groupby(["sensor", "label"]))
     for (sensor, label), group in groups[:ROWS]:
         rows = group.iloc[np.unique(np.linspace(0, len(group) - 1, SHOWN).astype(int))]
         images = "".join(tile_image(config, tiles, row) for _, row in rows.iterrows())

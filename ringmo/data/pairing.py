@@ -1,4 +1,4 @@
-"""Which files belong together: an image, its mask, boxes or vectors, and its second date.
+"""Which files belong together: an image, its mask, boxes, vectors or heights, and its second date.
 
 Published data sets say it by their folders' and files' names. A path is read as a place, words of
 the layout (`images_png`, `masks_png`, `Annotations`), and the file's stem; files of the same
@@ -6,6 +6,7 @@ place and stem belong together. Thus `Train/Urban/images_png/0.png` and
 `Train/Urban/masks_png/0.png`, or `2_Ortho_RGB/top_2_10_RGB.tif` and `top_2_10_label.tif`.
 """
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from fnmatch import translate
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ringmo.data import boxes, codings, vectors
+from ringmo.data import boxes, coco, codings, heights, vectors
 from ringmo.data.sources import (
     SHAPE_PARTS,
     VECTOR_SUFFIXES,
@@ -41,6 +42,11 @@ IMAGE_WORDS = {
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "trainval"}
 # Words that stand beside those above and say nothing of the images.
 FILLERS = SPLITS | {"png", "jpg", "jpeg", "tif", "tiff", "rgb", "rgbir", "irrg", "all", "s", "v"}
+# Folders of heights: surface and terrain models, canopy heights.
+HEIGHT_WORDS = {
+    *("dem", "dsm", "dtm", "ndsm", "chm", "agl", "height", "heights", "depth", "elevation"),
+}
+HEIGHT_FILLERS = FILLERS | {"m", "map", "maps", "normalised", "normalized", "normalisation"}
 # Folders of the two dates of a change pair.
 DATES = {"a": "b", "t1": "t2", "time1": "time2", "im1": "im2", "img1": "img2"} | {
     "image1": "image2", "before": "after", "pre": "post",
@@ -55,11 +61,15 @@ MASK_TAIL = re.compile(
 )
 # Whether any of many names, a line each, may end as a mask's.
 ANY_MASK_TAIL = re.compile(MASK_TAIL.pattern.removesuffix("$") + r"\.\w+$", re.IGNORECASE | re.M)
+HEIGHT_TAIL = re.compile(rf"[_-]({'|'.join(sorted(HEIGHT_WORDS))})$", re.IGNORECASE)
 IMAGE_TAIL = re.compile(r"[_-](rgbir|rgb|irrg|sat|image|img|s1hand|s2hand)$", re.IGNORECASE)
+# Sen1Floods11's hand-made masks, whose 1 is water and whose -1 is unknown.
+FLOODS = re.compile(r"_labelhand$", re.IGNORECASE)
 # iSAID numbers the objects in a second kind of mask: labels, but of no class.
 NO_CLASSES = re.compile(r"_instance_id_rgb$", re.IGNORECASE)
 
 SAMPLE = 16  # masks that are looked at to decide how a source's masks are coded
+MANY = 64  # files in a folder, of which each is one image's
 LOOKED_AT = 3  # files that are looked at to tell whether a folder's are labels
 
 
@@ -79,9 +89,19 @@ def is_image_folder(name: str) -> bool:
     return name.lower() in DATE_FOLDERS or (bool(plain) and plain <= IMAGE_WORDS)
 
 
+def is_height_folder(name: str) -> bool:
+    plain = _words(name) - HEIGHT_FILLERS
+    return bool(plain) and plain <= HEIGHT_WORDS
+
+
 def is_layout(name: str) -> bool:
     """Whether a folder's name says how a data set is laid out, not what its images show."""
-    return name.lower() in SPLITS or is_image_folder(name) or is_label_folder(name)
+    return (
+        frozenset() != _words(name) <= SPLITS  # also train2017
+        or is_image_folder(name)
+        or is_label_folder(name)
+        or is_height_folder(name)
+    )
 
 
 @dataclass
@@ -109,7 +129,8 @@ class _Place:
 
 def _place(folder: str) -> _Place:
     parts = folder.split("/") if folder else []
-    plain = [part for part in parts if not (is_label_folder(part) or is_image_folder(part))]
+    told = (is_label_folder, is_image_folder, is_height_folder)
+    plain = [part for part in parts if not any(is_(part) for is_ in told)]
     first = next((i for i, part in enumerate(parts) if part not in plain), len(parts))
     label = next((i for i, part in enumerate(parts) if is_label_folder(part)), None)
     return _Place(
@@ -119,7 +140,7 @@ def _place(folder: str) -> _Place:
         "/".join(parts[:-1]),
         label is not None,
         None if label is None else "/".join(parts[:label]),
-        first < len(parts) and label is None,
+        any(map(is_image_folder, parts)) and label is None,
     )
 
 
@@ -152,10 +173,15 @@ def pair(
     if labels == "auto" and about.layout != "classes":
         sides = _sides(beside, about)
     own: dict[str, list[tuple[str, Image]]] = defaultdict(list)
+    rasters = _heights([i for i in found.images if i.path not in may_be], about)
+    sides += [("height", file) for file in rasters]
     if wanted or sides:
-        images = [i for i in found.images if i.path not in may_be and i.path not in alone]
+        out = may_be | alone | {file.path for file in rasters}
+        images = [image for image in found.images if image.path not in out]
         for image, part, label in _owned(images, wanted, sides, places, about, found, source):
             own[image.path].append((part, label))
+    if rasters:
+        _without_heights(found, own, rasters, labels, source)
     if about.layout == "vectors" and labels == "auto":
         _shared_vectors([i for i in found.images if i.path not in own], sides, own)
     if maybe:  # a mask by its name alone is one where an image is its partner
@@ -163,6 +189,8 @@ def pair(
         aside |= may_be & taken
         found.images = [image for image in found.images if image.path not in aside]
     _attach(found, own, aside, beside, about, mask_codings, source)
+    if labels == "auto" and about.layout in ("auto", "coco"):
+        _attach_coco(found, beside, about, source)
     spare = [file for part, file in sides if part == "boxes" and file.path not in found.used]
     if spare:
         found.notes.append(
@@ -190,6 +218,9 @@ NOTHING = {
     "voc": "layout: voc, but no image has an XML file of its name",
     "fair1m": "layout: fair1m, but no image has an XML file of its name",
     "dota": "layout: dota, but no image has a text file of its name",
+    "coco": "layout: coco, but no JSON file has images, annotations and categories of images here",
+    "height": "layout: height, but no image has heights: those of images/NAME.tif are "
+    "dem/NAME.tif, or name the files that are heights in ingest.about: height_files",
     "vectors": "layout: vectors, but no scene has a .gpkg, .geojson or .shp of its name, nor is "
     "there a single one in its folder",
 }
@@ -219,6 +250,52 @@ def _masks(
         elif about.layout != "classes" and ANY_MASK_TAIL.search("\n".join(f.path for f in members)):
             maybe += [f for f in members if MASK_TAIL.search(_stem(f.path))]
     return masks, maybe
+
+
+def _heights(files: list[Image], about: "About") -> list[Image]:
+    """Rasters of heights, by the names of their folders or files and by a look at some."""
+    if about.layout == "classes":
+        return []
+    if about.height_files:
+        match = re.compile("|".join(map(translate, about.height_files))).match
+        return [f for f in files if match(f.path) or match(f.path.rpartition("/")[2])]
+    groups: dict[str, list[Image]] = defaultdict(list)
+    for file in files:
+        folder = file.path.rpartition("/")[0]
+        if any(map(is_height_folder, folder.split("/"))) or HEIGHT_TAIL.search(_stem(file.path)):
+            groups[folder].append(file)
+    found: list[Image] = []
+    for members in groups.values():
+        local = [file for file in members if file.bucket is None][:LOOKED_AT]
+        if not local or any(heights.looks_like(file.file) for file in local):
+            found += members
+    return found
+
+
+def _without_heights(
+    found: Paired,
+    own: dict[str, list[tuple[str, Image]]],
+    rasters: list[Image],
+    labels: str,
+    source: str,
+) -> None:
+    """Take rasters of heights out of the images, where one of their folder is an image's."""
+    used = {label.path for kept in own.values() for part, label in kept if part == "height"}
+    folders = {path.rpartition("/")[0] for path in used}
+    aside = {file.path for file in rasters if file.path.rpartition("/")[0] in folders}
+    found.images = [image for image in found.images if image.path not in aside]
+    if labels != "auto":
+        for path in [path for path in own if any(part == "height" for part, _ in own[path])]:
+            own[path] = [(part, label) for part, label in own[path] if part != "height"]
+            if not own[path]:
+                del own[path]
+        used = set()
+    if spare := sorted(aside - used):
+        found.others += len(spare)
+        found.notes.append(
+            f"{source}: {len(spare)} rasters of heights left out: they are labels, not imagery "
+            f"(first: {shown(spare[0])})"
+        )
 
 
 def _second_dates(
@@ -305,18 +382,23 @@ def _owned(
     source: str,
 ) -> Iterator[tuple[Image, str, Image]]:
     """Image, part and label for all that belong together, one of a part."""
-    levels = ["near", "far"]
-    if about.mask_files or about.layout in ("masks", "vectors"):
-        levels.append("up")
+    near, up = ("near", "far"), ("near", "far", "up")
+    anywhere = bool(about.mask_files) or about.layout in ("masks", "vectors")
+    tails = {"mask": MASK_TAIL, "height": HEIGHT_TAIL}
+
+    def levels(part: str) -> tuple[str, ...]:
+        # Beside heights every folder of images is one of another sensor: S2L2A, S1RTC, DEM.
+        return up if anywhere or part == "height" else near
+
     index: dict[tuple[str, str, str, str], Image] = {}
     there: set[str] = set()
     for part, label in [*(("mask", mask) for mask in masks), *sides]:
         folder, stem = label.path.rpartition("/")[0], _stem(label.path)
         place = places.setdefault(folder, _place(folder))
-        for level in levels:
+        for level in levels(part):
             where = getattr(place, level)
             there.add(where)
-            for base in {stem, MASK_TAIL.sub("", stem)}:
+            for base in {stem, tails.get(part, MASK_TAIL).sub("", stem)}:
                 index.setdefault((part, level, where, base), label)
     far: dict[tuple[str, str], list[Image]] = defaultdict(list)  # label → images by level far
     hits: list[tuple[Image, str, Image, str]] = []
@@ -328,7 +410,7 @@ def _owned(
         stem = _stem(image.path)
         bases = dict.fromkeys((stem, IMAGE_TAIL.sub("", stem)))
         for part in parts:
-            for level in levels:
+            for level in levels(part):
                 where = getattr(place, level)
                 hits_here = (index.get((part, level, where, base)) for base in bases)
                 hit = next(filter(None, hits_here), None)
@@ -404,7 +486,7 @@ def _attach(
             attachments += made
             if part == "mask":
                 used_masks.setdefault(label.path, made[0])
-            else:
+            elif part != "height":
                 found.used.update(f.path for f in files)
             if part == "vectors":
                 used_vectors.setdefault(label.path, made)
@@ -445,7 +527,100 @@ def _attach(
         )
 
 
-NAMES = {"mask": "a mask", "boxes": "boxes", "vectors": "vectors"}
+def _attach_coco(found: Paired, beside: list[Image], about: "About", source: str) -> None:
+    """Give images the boxes that COCO's instances have of them.
+
+    A file is of the images below its folder, or below the folder around `annotations`. Where
+    several have the name that it gives, it is the one in a folder that the file's own name has in
+    it: train2017 of instances_train2017.json.
+    """
+    files = _coco_files(beside, about)
+    if not files:
+        return
+    by_name: dict[str, list[Image]] = defaultdict(list)
+    for image in found.images:
+        by_name[image.path.rpartition("/")[2]].append(image)
+    owned = spare = absent = 0
+    unclear: list[str] = []
+    for file in files:
+        folder = file.path.rpartition("/")[0]
+        while folder and is_label_folder(folder.rpartition("/")[2]):
+            folder = folder.rpartition("/")[0]
+        for name, data in _instances(file, source).items():
+            fitting = _named(by_name, name, folder, _stem(file.path))
+            if len(fitting) > 1:
+                unclear.append(name)
+            if len(fitting) != 1:
+                absent += not fitting
+                continue
+            (image,) = fitting
+            found.used.add(file.path)
+            if any(one.part == "boxes" for one in image.attachments):
+                spare += 1
+                continue
+            mark = int.from_bytes(hashlib.sha256(data).digest()[:7])
+            what = (file.path, file.base, len(data), mark, file.bucket)
+            image.attachments += (Attachment("boxes", *what, shared=True, data=data),)
+            image.layout = "coco"
+            owned += 1
+    where = f"{source}: {shown(files[0].path)}{' and others' if len(files) > 1 else ''}"
+    if owned:
+        more = f"; {absent} more that it names are not here" if absent else ""
+        found.notes.append(f"{where}: {owned} of {len(found.images)} images have boxes{more}")
+    if spare:
+        found.notes.append(f"{where}: {spare} images have other boxes already: these left out")
+    if unclear:
+        found.notes.append(
+            f"{where}: {len(unclear)} images left without boxes: several are of that name "
+            f"(first: {shown(unclear[0])})"
+        )
+
+
+def _coco_files(beside: list[Image], about: "About") -> list[Image]:
+    folders: dict[str, list[Image]] = defaultdict(list)
+    for file in beside:
+        if suffix_of(file.path) == ".json":
+            folders[file.path.rpartition("/")[0]].append(file)
+    found = []
+    for members in folders.values():
+        # Beside each image a file of its own: not one of many images.
+        if len(members) > MANY and about.layout != "coco":
+            continue
+        for file in members:
+            if file.bucket is not None:
+                told = about.layout == "coco" or _stem(file.path).startswith("instances")
+            else:
+                told = coco.looks_like(file.file)
+            if told:
+                found.append(file)
+    return sorted(found, key=lambda file: file.path)
+
+
+def _instances(file: Image, source: str) -> dict[str, bytes]:
+    try:
+        file.fetch()
+        return coco.read(file.file)
+    except (BadInput, OSError) as error:
+        raise BadInput(
+            f"{source}: {shown(file.path)}: {error}: mend it, or leave it out (ingest.exclude)"
+        ) from None
+    finally:
+        file.forget()
+
+
+def _named(by_name: dict[str, list[Image]], name: str, folder: str, stem: str) -> list[Image]:
+    """The images below a folder that a file of COCO's may mean by a name."""
+    path = name.replace("\\", "/").removeprefix("./")
+    below = f"{folder}/" if folder else ""
+    there = [i for i in by_name.get(path.rpartition("/")[2], []) if i.path.startswith(below)]
+    fitting = [i for i in there if i.path == path or i.path.endswith(f"/{path}")] or there
+    if len(fitting) > 1:
+        own = [i for i in fitting if any(part in stem for part in i.path.split("/")[:-1])]
+        fitting = own or fitting
+    return fitting
+
+
+NAMES = {"mask": "a mask", "boxes": "boxes", "vectors": "vectors", "height": "heights"}
 
 
 def _layout(part: str, label: Image, about: "About") -> str:
@@ -455,7 +630,7 @@ def _layout(part: str, label: Image, about: "About") -> str:
         if suffix_of(label.path) == ".txt":
             return "dota"
         return "fair1m" if "labelxml" in label.path.lower() else "voc"
-    return "masks" if part == "mask" else "vectors"
+    return {"mask": "masks"}.get(part, part)
 
 
 def _coding(
@@ -478,6 +653,9 @@ def _coding(
                 if mask.bucket is not None:
                     mask.file.unlink(missing_ok=True)
     try:
-        return codings.decide(counts, about.masks, mask_codings), ""
+        coding = codings.decide(counts, about.masks, mask_codings)
+        if coding in ("zero_one", "auto") and all(FLOODS.search(_stem(m.path)) for m in masks):
+            coding = "sen1floods11"
+        return coding, ""
     except BadInput as error:
         return None, str(error)

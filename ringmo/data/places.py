@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from ringmo.data.decode import decode
 from ringmo.data.measures import grey, thumbnail
+from ringmo.data.partners import SIDES, grids
+from ringmo.data.tables import SEPARATOR, by_class, classes_of
 
 if TYPE_CHECKING:
     import pandas
@@ -26,7 +28,6 @@ Index = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Boxes = NDArray[np.float64]  # (N, 4): minx, miny, maxx, maxy
 
-SIDES = ("minx", "miny", "maxx", "maxy")
 # Which split a newcomer takes where it could take several: what must stay unseen goes first.
 STRONGEST = ("test", "val", "train", "unused")
 # Below this correlation of their thumbnails two tiles with near hashes are still two places.
@@ -411,14 +412,10 @@ def assign(
     counts = {"overlapping": 0, "near_duplicates": 0, "unused": 0}
 
     place_codes, places = pd.factorize(known["place"])
-    scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
-    group = np.concatenate([place_codes, len(places) + scenes]).astype(np.int64)
-    group, _ = _join(group, _second_dates(known, new))
-    footprints = pd.DataFrame({name: both(name).array for name in ("crs", *SIDES)})
-    group, counts["overlapping"] = _join(group, overlaps(footprints, fresh))
+    group, counts["overlapping"] = ground(known, new)
 
     textured = both("std").to_numpy(np.float64) >= blank_std
-    hashes = _hashes(both("phash"), textured)
+    hashes = perceptual(both("phash"), textured)
     sensors, _ = pd.factorize(both("sensor"))
     addresses = [
         [table[name].array for name in ("shard", "offset", "size")] for table in (known, new)
@@ -435,8 +432,8 @@ def assign(
             i -= first * (i >= first)
             return fetch(str(shard[i]), int(offset[i]), int(size[i]))
 
-        alike.append(rows[_look_alikes(hashes[rows], near_bits, fresh[rows], group[rows], look)])
-    group, counts["near_duplicates"] = _join(group, np.concatenate(alike))
+        alike.append(rows[look_alikes(hashes[rows], near_bits, fresh[rows], group[rows], look)])
+    group, counts["near_duplicates"] = join(group, np.concatenate(alike))
 
     name, split = _inherit(known, place_codes, places, group)
     unseen = np.flatnonzero(split == "")
@@ -446,7 +443,51 @@ def assign(
     return new.assign(place=name, split=split).astype({"place": "str", "split": "str"}), counts
 
 
-def _join(group: Index, pairs: Index) -> tuple[Index, int]:
+def ground(known: "pandas.DataFrame", new: "pandas.DataFrame") -> tuple[Index, int]:
+    """Groups of tiles, known ones first, that share ground or a place, and how many pairs of
+    groups overlap.
+
+    The tiles of one scene are of one group, as are the two dates of a change pair, and what
+    several sensors saw of one place: by its footprint, or without coordinates by its name.
+    """
+    import pandas as pd
+
+    codes, places = pd.factorize(known["place"])
+    scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
+    group = np.concatenate([codes, len(places) + scenes]).astype(np.int64)
+    group, _ = join(group, second_dates(known, new))
+    footprints = pd.concat([t[["crs", *SIDES]] for t in (known, new)], ignore_index=True)
+    fresh = np.arange(len(footprints)) >= len(known)
+    group, overlapping = join(group, overlaps(footprints, fresh))
+    group, _ = join(group, _partners(known, new))
+    return group, overlapping
+
+
+def _partners(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
+    """Pairs of rows without coordinates, known ones counted first, that are of one ground by
+    their names."""
+    import pandas as pd
+
+    wanted = ["crs", *SIDES, "sensor", "source", "source_root", "row", "col", "width", "height"]
+    rows = [np.flatnonzero(table["crs"].isna()) for table in (known, new)]
+    some = [table[wanted].iloc[at] for table, at in zip((known, new), rows, strict=True)]
+    if not len(rows[1]):
+        return np.empty((0, 2), np.int64)
+    # Newcomers first: what joins known ones is always one of them.
+    codes = grids(pd.concat(some[::-1], ignore_index=True))
+    codes[~np.isin(codes, codes[: len(rows[1])])] = -1
+    at = np.concatenate([rows[1] + len(known), rows[0]])
+    return at[stars(codes)]
+
+
+def stars(codes: Index) -> Index:
+    """Pairs of rows that join all rows of a code; -1 is none."""
+    rows = np.flatnonzero(codes >= 0)
+    _, heads, inverse = np.unique(codes[rows], return_index=True, return_inverse=True)
+    return np.stack([rows[heads[inverse]], rows], axis=1)
+
+
+def join(group: Index, pairs: Index) -> tuple[Index, int]:
     """Groups (N,), numbered from 0, once those of each pair of rows are one; and how many fewer."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -462,7 +503,7 @@ def _join(group: Index, pairs: Index) -> tuple[Index, int]:
     return labels[group].astype(np.int64), before - int(after)
 
 
-def _second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
+def second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
     """Pairs of rows, known ones counted first, of which one is the other's second date."""
     import pandas as pd
 
@@ -486,7 +527,7 @@ def _second_dates(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
     return np.concatenate(pairs)
 
 
-def _hashes(column: "pandas.Series[Any]", wanted: Flags) -> NDArray[np.uint64]:
+def perceptual(column: "pandas.Series[Any]", wanted: Flags) -> NDArray[np.uint64]:
     """Perceptual hashes of 16 hex digits as numbers; 0 where none is wanted."""
     import pyarrow as pa
 
@@ -574,7 +615,7 @@ def _alike(
     return scale > 0 and float(one @ two) / scale > SAME_CORRELATION
 
 
-def _look_alikes(
+def look_alikes(
     hashes: NDArray[np.uint64], bits: int, new: Flags, group: Index, fetch: Callable[[int], bytes]
 ) -> Index:
     """Pairs (N, 2) of near hashes that look alike, as many as join all groups that such pairs do.
@@ -598,7 +639,7 @@ def _look_alikes(
     members = members[np.argsort(classes, kind="stable")]
     sizes = np.bincount(classes, minlength=len(there))
     starts = np.cumsum(sizes) - sizes
-    cluster = _join(np.arange(len(there)), pairs)[0][pairs[:, 0]]
+    cluster = join(np.arange(len(there)), pairs)[0][pairs[:, 0]]
     # Identical ones first: that leaves the fewest apart.
     order = np.lexsort((pairs[:, 1], pairs[:, 0], pairs[:, 0] != pairs[:, 1], cluster))
     pairs, cluster = pairs[order], cluster[order]
@@ -723,8 +764,17 @@ def _split(
     lowest = lowest.sort_values("key").drop_duplicates("place").sort_values("place")
     names = ("p" + lowest["key"]).to_numpy(np.object_)
 
+    digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
+    words_of = np.frombuffer(digests, ">u8").reshape(-1, 4)
+    wanted = [shares["test"], shares["val"]]
+    wanted.append(1 - sum(wanted))
+
     # Where one sensor's tiles have labels, the others' beside them are not to outvote them.
     labels, words = pd.factorize(_labels(new["label"]), sort=True)
+    codes, known_words = pd.factorize(known["label"])
+    if any(SEPARATOR in word for word in (*words, *known_words)):
+        chosen = _of_many_classes(place, labels, words, known, sizes, words_of, wanted)
+        return names[place], np.array(STRONGEST, np.object_)[chosen][place]
     votes = pd.DataFrame({"place": place, "label": labels})
     votes = votes.groupby(["place", "label"], sort=False).size().rename("votes").reset_index()
     nameless = np.array([word == "" for word in words], np.bool_)
@@ -733,29 +783,69 @@ def _split(
     votes = votes.sort_values(["place", "nameless", "votes", "label"])
     label = votes.drop_duplicates("place")["label"].to_numpy()
 
-    codes, known_words = pd.factorize(known["label"])
     have = np.bincount(4 * (codes + 1) + _ranks(known["split"]), minlength=4 * len(known_words) + 4)
     counts = {word: [0, 0, 0] for word in words}
     for word, of_word in zip(["", *known_words], have.reshape(-1, 4).tolist(), strict=True):
         if word in counts:
             counts[word] = [a + b for a, b in zip(counts[word], of_word[:3], strict=True)]
-    digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names)
-    words_of = np.frombuffer(digests, ">u8").reshape(-1, 4)
     order = np.lexsort((*words_of.T[::-1], -sizes))
 
-    wanted = [shares["test"], shares["val"]]
-    wanted.append(1 - sum(wanted))
     chosen = np.empty(len(names), np.int64)
     for i, size, of in zip(
         order.tolist(), sizes[order].tolist(), words[label[order]].tolist(), strict=True
     ):
         count = counts[of]
         total = sum(count) + size
-        lack = [round(share * total - has, 9) for share, has in zip(wanted, count, strict=True)]
-        split = lack.index(max(lack))
+        split = _lacks_most(wanted, count, total)
         count[split] += size
         chosen[i] = split
     return names[place], np.array(STRONGEST, np.object_)[chosen][place]
+
+
+def _lacks_most(wanted: list[float], count: list[int], total: int) -> int:
+    lack = [round(share * total - has, 9) for share, has in zip(wanted, count, strict=True)]
+    return lack.index(max(lack))
+
+
+def _of_many_classes(
+    place: Index,
+    labels: Index,
+    words: Any,
+    known: "pandas.DataFrame",
+    sizes: Index,
+    digests: NDArray[Any],
+    wanted: list[float],
+) -> Index:
+    """The split of each place where tiles have several classes.
+
+    Labels are too many to be parted one by one: a place goes where the rarest of its classes lacks
+    most, those of rare classes first (iterative stratification, Sechidis et al. 2011).
+    """
+    import pandas as pd
+
+    several = [classes_of(word) for word in words]
+    votes = pd.DataFrame({"place": place, "class": [several[label] for label in labels]})
+    votes = votes.explode("class").groupby(["place", "class"]).size().rename("votes").reset_index()
+    before = []
+    for split in STRONGEST[:3]:
+        found = known["label"][known["split"] == split].value_counts()
+        before.append(by_class({str(label): int(n) for label, n in found.items()}))
+    total = votes.groupby("class")["votes"].sum()
+    counts = {str(name): [of.get(str(name), 0) for of in before] for name in total.index}
+    rarity = {str(name): float(n) + sum(counts[str(name)]) for name, n in total.items()}
+    votes["rarity"] = votes["class"].map(rarity | {"": np.inf})
+    votes = votes.sort_values(["place", "rarity", "class"])
+    starts = [*np.flatnonzero(np.diff(votes["place"], prepend=-1)).tolist(), len(votes)]
+    classes, numbers = votes["class"].tolist(), votes["votes"].tolist()
+    rarest = votes["rarity"].to_numpy()[starts[:-1]]
+    chosen = np.empty(len(sizes), np.int64)
+    for i in np.lexsort((*digests.T[::-1], -sizes, rarest)).tolist():
+        first, last = starts[i], starts[i + 1]
+        count = counts[classes[first]]
+        chosen[i] = to = _lacks_most(wanted, count, sum(count) + numbers[first])
+        for name, number in zip(classes[first:last], numbers[first:last], strict=True):
+            counts[name][to] += number
+    return chosen
 
 
 def _ranks(splits: "pandas.Series[Any]") -> Index:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ringmo.config import Ingest, Sensor
 from ringmo.data import scenes, store
 from ringmo.data.decode import fitted
-from ringmo.data.layouts import Labels, Member
+from ringmo.data.layouts import MAX_APART, Labels, Member
 from ringmo.data.measures import measure
 from ringmo.data.sources import Image
 from ringmo.errors import BadInput
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 UNREADABLE = "unreadable"  # in place of a hash: permissions can change without a trace
-PARTS = ("image", "mask", "boxes")
+PARTS = ("image", *store.LABELS)
 # Columns beside the manifest's: the image's number in its batch, and where in the spool file the
 # tile's members begin and end.
 SPOOLED = {"number": "int32"} | {f"{p}_{end}": "int64" for p in PARTS for end in ("start", "end")}
@@ -201,11 +201,12 @@ def _read(
     settings: Settings, image: Image, known: NDArray[np.uint64] | None, found: Found
 ) -> tuple[scenes.Tile | None, Row | None, list[Member]]:
     found.hash = scenes.file_hash(image.file)
-    bare = not image.attachments and image.sensor is None
+    bare = not image.attachments and image.sensor is None and image.second is None
     if bare and known is not None and _among(found.hash, known):
         found.known = True
         return None, None, []
     look = scenes.look(image.file, settings.ingest, settings.sensors, image.sensor)
+    _refuse_other_ground(image, look.size)
     if look.tile is None:
         found.look = look
         return None, None, []
@@ -216,6 +217,28 @@ def _read(
     with ExitStack() as stack:
         labels = _labels(settings, image, look.size, stack)
         return tile, row, labels.of(tile.window) if labels else []
+
+
+def _refuse_other_ground(image: Image, size: tuple[int, int]) -> None:
+    """Set an image aside whose second date is of another size, or lies elsewhere.
+
+    In a bucket the other is not at hand: there validation finds tiles of different sizes.
+    """
+    if image.second is None or image.bucket is not None:
+        return
+    second = Path(f"{image.base}/{image.second}")
+    try:
+        other, *where = scenes.grid(second)
+    except (BadInput, OSError):
+        return  # which is told of the second itself
+    if other != size:
+        raise BadInput(
+            f"its second date has {other[1]}x{other[0]} pixels, it has {size[1]}x{size[0]}"
+        )
+    own = scenes.georeference(image.file)
+    off = scenes.apart(size, own, (where[0], where[1]))
+    if not off <= MAX_APART:
+        raise BadInput(f"its second date lies elsewhere, {off:.0f} pixels away")
 
 
 def _among(content: str, known: NDArray[np.uint64]) -> bool:
@@ -230,7 +253,7 @@ def _labels(
     if not image.attachments:
         return None
     transform = crs = None
-    if any(one.part == "vectors" for one in image.attachments):
+    if any(one.part in ("vectors", "height") for one in image.attachments):
         transform, crs = scenes.georeference(image.file)
     labels = Labels(image, size, settings.ingest.mask_codings, crs, transform)
     return stack.enter_context(labels)

@@ -235,6 +235,39 @@ def georeference(path: Path) -> tuple[Any, Any]:
         return _georeference(file)
 
 
+def grid(path: Path) -> tuple[tuple[int, int], Any, Any]:
+    """An image's height and width, and what `georeference` gives.
+
+    Raises:
+        BadInput: it cannot be opened.
+    """
+    with _opened(path) as file:
+        return ((file.height, file.width), *_georeference(file))
+
+
+def apart(size: tuple[int, int], one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
+    """How far, in pixels of the first, the corners of two grids of one size lie apart at most.
+
+    Args:
+        size: height and width. one, other: transform and reference system; 0 is the answer where
+            either has none.
+    """
+    from rasterio.errors import CRSError
+    from rasterio.warp import transform
+
+    if one[1] is None or other[1] is None:
+        return 0.0
+    corners = [(x, y) for x in (0, size[1]) for y in (0, size[0])]
+    xs, ys = zip(*(other[0] @ corner for corner in corners), strict=True)
+    if one[1] != other[1]:
+        try:
+            xs, ys = transform(other[1], one[1], xs, ys)
+        except CRSError:
+            return 0.0
+    back = [~one[0] @ place for place in zip(xs, ys, strict=True)]
+    return float(np.abs(np.subtract(back, corners)).max())
+
+
 def _header(path: Path) -> tuple[int, int, int, str]:
     """Width, height, bands without alpha and dtype of a JPEG or PNG, from its header."""
     from PIL import Image

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ringmo import console
+from ringmo import console, tasks
 from ringmo.config import Config, Sensor
 from ringmo.data import store
+from ringmo.data.loading import BESIDE
 from ringmo.errors import BadInput
 from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     import pandas
 
 PRETRAIN_COLUMNS = {"key": "string", "content_hash": "string", "split": "string"}
-TASK_COLUMNS = {**PRETRAIN_COLUMNS, "label": "string"}
 NORMALISATION = "normalisation.json"
 KEPT = "kept-selection.parquet"
 KEPT_NORMALISATION = "kept-normalisation.json"
 
 
 def select(config: Config, workspace: Workspace, out: Path) -> Report:
-    """Write out/pretrain.parquet (train and val, no labels) and out/scene.parquet (labelled).
+    """Write out/pretrain.parquet (train and val, no labels) and out/TASK.parquet for each task.
 
-    The first holds tiles of all sensors in pretrain.mix, the second those of select.sensor. Test
+    The first holds tiles of all sensors in pretrain.mix, the others those of select.sensor that
+    have labels of the task, and where select.beside names further sensors, their tiles. Test
     tiles are never in the first, blank ones never among what trains. out/normalisation.json has
     the mean and std of the first's training tiles for sensors whose own are null.
 
@@ -64,31 +65,72 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     write_json(out / NORMALISATION, normalisation)
     write_json(kept, normalisation)
 
-    usable = tiles["split"].isin(["train", "val", "test"]) & tiles["label"].notna()
-    usable &= tiles["sensor"] == config.select.sensor
-    labelled = tiles[usable][list(TASK_COLUMNS)]
-    labelled = fewer_labels(labelled, config.select.labels_per_class, config.split.seed)
-    for task in config.tasks:
-        store.write_table(out / f"{task}.parquet", labelled, TASK_COLUMNS)
+    tables = {name: _of_task(config, workspace, tiles, name) for name in config.tasks}
+    for name, table in tables.items():
+        store.write_table(out / f"{name}.parquet", table, columns(config, name))
 
-    splits = labelled["split"].value_counts()
     report = Report("select")
     report.figures = {
         "tiles": len(seen),
-        "labelled": len(labelled),
-        "classes": int(labelled["label"].nunique()),
-        **{split: int(splits.get(split, 0)) for split in ("train", "val", "test")},
+        "labelled": len(set().union(*(table["key"] for table in tables.values()))),
         "blank": int(blank.sum()),
         "generated": bool(tiles["generated"].any()),
     }
     report.tables["sensors"] = [{"sensor": name, "tiles": n} for name, n in sensors.items()]
+    report.tables["tasks"] = [
+        {"task": name, "tiles": len(table), **_splits(table)} for name, table in tables.items()
+    ]
     each = ", ".join(f"{n} {name}" for name, n in sensors.items())
-    console.note(
-        f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}; "
-        "{labelled} labelled in {classes} classes: "
-        "{train} train, {val} val, {test} test".format(**report.figures)
-    )
+    console.note(f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}")
+    for row in report.tables["tasks"]:
+        said = "{task}: {tiles} labelled tiles: {train} train, {val} val, {test} test".format(**row)
+        console.note(f"select: {said}")
     return report
+
+
+def columns(config: Config, task: str) -> dict[str, str]:
+    """Those of a task's selection."""
+    beside = {BESIDE + sensor: "string" for sensor in config.select.beside}
+    return {**PRETRAIN_COLUMNS, **tasks.find(task).columns, **beside}
+
+
+def _of_task(
+    config: Config, workspace: Workspace, tiles: "pandas.DataFrame", task: str
+) -> "pandas.DataFrame":
+    """The tiles that a task can use."""
+    kind = tasks.find(task)
+    usable = tiles["split"].isin(["train", "val", "test"]) & kind.usable(tiles)
+    chosen = tiles[usable & (tiles["sensor"] == config.select.sensor)]
+    if "mask_names" in kind.columns:
+        names = _class_names(workspace, chosen)
+        chosen = chosen.assign(mask_names=chosen["mask_coding"].map(names))
+    for sensor in config.select.beside:
+        from ringmo.data.partners import partners
+
+        # Of all tiles: the other sensor's may be blank, or its own split's.
+        keys = partners(tiles, config.select.sensor, sensor).reindex(chosen.index)
+        chosen = chosen.assign(**{BESIDE + sensor: keys})[keys.notna()]
+    if "label" in kind.columns:
+        seed = config.split.seed
+        chosen = fewer_labels(chosen, config.select.labels_per_class, seed)
+    return chosen[list(columns(config, task))]
+
+
+def _class_names(workspace: Workspace, tiles: "pandas.DataFrame") -> dict[str, list[str]]:
+    """Coding of masks → names of its classes, by number; numbers without names are their own."""
+    from ringmo.data.facts import codings
+
+    names = codings(workspace.store)
+    masked = tiles[tiles["mask_coding"].notna()]
+    for coding, counts in masked.groupby("mask_coding")["mask_counts"]:
+        if not names.get(str(coding)):
+            names[str(coding)] = [str(i) for i in range(max(len(each) - 1 for each in counts))]
+    return names
+
+
+def _splits(table: "pandas.DataFrame") -> dict[str, int]:
+    counts = table["split"].value_counts()
+    return {split: int(counts.get(split, 0)) for split in ("train", "val", "test")}
 
 
 def resolved(config: Config, workspace: Workspace) -> dict[str, Sensor]:

@@ -1,7 +1,9 @@
 """Folders, lists and buckets of imagery: which files are images, and which class they are of.
 
 A list is a text file with a path a line, absolute or below the list's folder, and after a tab
-perhaps a class; without one the folder says it, as in a folder of imagery. What else belongs to
+perhaps a class, or several apart by `;`; without one the folder says it, as in a folder of
+imagery. A `;` in a path is a part of it, and in a folder that is a class a comma. Instead of a
+list, or below a folder, may be a table of labels (`tables`). What else belongs to
 an image, masks, boxes, vectors and a second date, is found by `pairing`.
 
 A folder named `unlabelled` anywhere in a source holds images that no class is claimed for, beside
@@ -21,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringmo.data import decode
+from ringmo.data import decode, tables
 from ringmo.data.buckets import Bucket
 from ringmo.errors import BadInput
 
@@ -34,7 +36,7 @@ FOREIGN_SUFFIXES = {".jp2", ".bmp", ".gif", ".webp", ".img", ".ecw", ".sid", ".h
 # What may say more about an image of the same name.
 VECTOR_SUFFIXES = {".gpkg", ".geojson", ".shp"}
 SHAPE_PARTS = {".shx", ".dbf", ".prj", ".cpg"}  # files that a .shp needs beside it
-SIDE_SUFFIXES = {".xml", ".txt", ".json"} | VECTOR_SUFFIXES | SHAPE_PARTS
+SIDE_SUFFIXES = {".xml", ".txt", ".json"} | tables.SUFFIXES | VECTOR_SUFFIXES | SHAPE_PARTS
 OTHER_SUFFIXES = SIDE_SUFFIXES | {
     *(".csv", ".yaml", ".yml", ".md", ".pdf", ".html"),
     *(".tfw", ".jgw", ".pgw", ".wld", ".ovr", ".aux"),
@@ -53,9 +55,10 @@ UNLABELLED = {"unlabelled", "unlabeled"}
 class Attachment:
     """A file or an object that belongs to an image.
 
-    part: `mask`, `boxes` or `vectors`. path: below the source, posix. base: the folder in which
-    `path` begins, or to which a bucket's objects come. shared: with other images, so that
-    `forget` leaves it until the whole folder of fetched objects goes.
+    part: `mask`, `boxes`, `vectors` or `height`. path: below the source, posix. base: the folder
+    in which `path` begins, or to which a bucket's objects come. shared: with other images, so that
+    `forget` leaves it until the whole folder of fetched objects goes. data: what it says of this
+    image, where one file has the labels of many; size and time are then of this alone.
     """
 
     part: str
@@ -65,6 +68,7 @@ class Attachment:
     mtime_ns: int
     bucket: Bucket | None = None
     shared: bool = False
+    data: bytes | None = None
 
     @property
     def file(self) -> Path:
@@ -145,6 +149,8 @@ class Image:
 
 
 def _fetch(one: Image | Attachment) -> None:
+    if isinstance(one, Attachment) and one.data is not None:
+        return
     if one.bucket is not None and not one.file.exists():
         one.bucket.fetch(one.path, one.file)
 
@@ -281,7 +287,10 @@ def _list(
     if about.sensor is not None:
         for image in listing.images:
             image.sensor = about.sensor
-    if labels == "auto" and not (by_list and any(image.label for image in listing.images)):
+    tabled = by_list and any(image.label for image in listing.images)
+    if labels == "auto" and not by_list and about.layout in ("auto", "classes"):
+        tabled = _tabled(listing, files.beside + files.beside_unwanted, name)
+    if labels == "auto" and not tabled:
         why_none = _label(listing.images, about.layout)
         if why_none and not any(image.attachments or image.second for image in listing.images):
             listing.notes.append(f"{name}: no labels: {why_none}")
@@ -289,6 +298,42 @@ def _list(
         for image in listing.images:
             image.label = None
     return listing
+
+
+def _tabled(listing: Listing, beside: list[Image], name: str) -> bool:
+    """Give images the labels of the tables beside them; whether there is any."""
+    by_path = {image.path: image for image in listing.images}
+    done: set[str] = set()
+    for file in sorted(beside, key=lambda file: file.path):
+        if suffix_of(file.path) not in tables.SUFFIXES:
+            continue
+        stem = file.path.rpartition("/")[2].lower()
+        if file.bucket is not None and "label" not in stem:
+            continue
+        try:
+            file.fetch()
+            if not tables.looks_like(file.file):
+                continue
+            table = tables.read(file.file)
+        except BadInput as error:
+            # What an object is fetched to has no name worth telling.
+            said = str(error).replace(str(file.file), f"{name}: {shown(file.path)}")
+            raise BadInput(f"{said}: mend it, or leave it out (ingest.exclude)") from None
+        finally:
+            file.forget()
+        found, absent = tables.matched(table, file.path.rpartition("/")[0], by_path)
+        for path, label in found.items():
+            if path not in done:
+                by_path[path].label = label
+        done |= set(found)
+        if found:
+            listing.other_files -= 1
+            more = f"; {absent} rows are of no image here, or of several" if absent else ""
+            listing.notes.append(
+                f"{name}: {len(found)} of {len(by_path)} images have a label by "
+                f"{shown(file.path)}{more}"
+            )
+    return bool(done)
 
 
 def shown(path: str) -> str:
@@ -416,20 +461,17 @@ def _looks_like_one(file: str) -> bool:
 
 
 def _listed(root: str, file: Path, chosen: Chosen) -> _Files:
-    """The files that a list names, each once, by path."""
+    """The files that a list, or a table of labels, names, each once, by path."""
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        named = list(_named(file))
     except UnicodeDecodeError:
         raise BadInput(
             f"{file} is no list of images: ingest.sources names folders, and text files with a "
             f"path a line"
         ) from None
     found: dict[str, Image] = {}
-    for line in lines:
-        name, _, label = line.partition("\t")
-        if not name.strip() or name.startswith("#"):
-            continue
-        image = Path(os.path.normpath(file.parent / Path(name.strip()).expanduser()))
+    for name, label in named:
+        image = Path(os.path.normpath(file.parent / Path(name).expanduser()))
         inside = image.is_relative_to(file.parent)
         path = image.relative_to(file.parent if inside else image.anchor).as_posix()
         base = str(image)[: -len(path) - 1]
@@ -439,7 +481,7 @@ def _listed(root: str, file: Path, chosen: Chosen) -> _Files:
             size, mtime_ns = stat.st_size, stat.st_mtime_ns
         except OSError:  # a list may name what is not there: reading it says so
             pass
-        found.setdefault(path, Image(root, path, base, size, mtime_ns, label.strip() or None))
+        found.setdefault(path, Image(root, path, base, size, mtime_ns, label))
     files = _Files()
     for path in sorted(found):
         name = path.rpartition("/")[2]
@@ -451,6 +493,22 @@ def _listed(root: str, file: Path, chosen: Chosen) -> _Files:
         else:
             files.images.append(found[path])
     return files
+
+
+def _named(file: Path) -> Iterator[tuple[str, str | None]]:
+    """Path and label of each line of a list, or row of a table."""
+    if file.suffix.lower() in tables.SUFFIXES:
+        for name, label in tables.read(file).items():
+            whole = file.parent / name
+            if not suffix_of(name) and not whole.exists():
+                near = (f"{name}{suffix}" for suffix in sorted(IMAGE_SUFFIXES))
+                name = next((one for one in near if (file.parent / one).exists()), name)
+            yield name, label
+        return
+    for line in file.read_text("utf-8-sig").splitlines():
+        name, _, label = line.partition("\t")
+        if name.strip() and not name.startswith("#"):
+            yield name.strip(), tables.joined(label.split(tables.SEPARATOR))
 
 
 def _in_bucket(root: str, bucket: Bucket, fetched: str, chosen: Chosen) -> _Files:
@@ -500,8 +558,21 @@ def _label(images: list[Image], layout: str) -> str | None:
             return f"its folders are a layout ({', '.join(sorted(of_layout))}), not classes"
         if len(names) < 2:
             return None
+        if _see_the_same(images):
+            return "its folders see the same places: they are sensors, not classes"
     for folder, members in claimed.items():
-        label = folder.rpartition("/")[2]
+        label = folder.rpartition("/")[2].replace(tables.SEPARATOR, ",")
         for image in members:
             image.label = label
     return None
+
+
+def _see_the_same(images: list[Image]) -> bool:
+    """Whether images of several folders share one label."""
+    owner: dict[str, str] = {}
+    for image in images:
+        folder = image.path.rpartition("/")[0]
+        for one in image.attachments:
+            if one.shared and owner.setdefault(one.path, folder) != folder:
+                return True
+    return False

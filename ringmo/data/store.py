@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-SCHEMA = 3
+SCHEMA = 4
 SCHEMA_KEY = b"ringmo.schema"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
@@ -60,7 +60,7 @@ COLUMNS = {
     "phash": "string",  # 64-bit perceptual hash, 16 hex digits
     "place": "string",
     "split": "string",  # train, val, test or unused
-    "label": "string",
+    "label": "string",  # of the scene: a class, or several, sorted and joined by `;`
     "generated": "bool_",
     "ingest": "int32",  # ordinal of the ingest that added the tile
     "cloud_share": "float64",  # an estimate; NaN where the sensor has no visible bands
@@ -84,7 +84,19 @@ COLUMNS = {
     "boxes_count": "int32",
     "boxes_outside": "int32",  # of them, how many reach beyond the image
     "boxes_classes": "strings",  # of each box
+    "height_shard": "string",  # a TIFF of one band of float32: metres, NaN where unknown
+    "height_offset": "int64",
+    "height_size": "int64",
+    "height_hash": "string",
+    "height_width": "int32",  # pixels
+    "height_height": "int32",
+    "height_known": "float64",  # share of the pixels
+    "height_min": "float64",  # metres, of the known pixels
+    "height_max": "float64",
+    "height_mean": "float64",
+    "height_std": "float64",
 }
+LABELS = ("mask", "boxes", "height")  # the members that a tile may have beside its image
 QUARANTINE_COLUMNS = {
     "source": "string",
     "source_root": "string",
@@ -102,8 +114,17 @@ ADDED: dict[int, dict[str, Any]] = {
     | {"key": None},  # of quarantine.parquet
 }
 ADDED[3]["mask_counts"] = None
-# The columns of a tile's mask and boxes, where it has none.
-NO_LABELS = {n: value for n, value in ADDED[3].items() if n.startswith(("mask_", "boxes_"))}
+ADDED[4] = {
+    name: 0 if COLUMNS[name].startswith("int") else None
+    for name in COLUMNS
+    if name.startswith("height_")
+}
+# The columns of a tile's labels, where it has none.
+NO_LABELS = {
+    name: value
+    for name, value in (ADDED[3] | ADDED[4]).items()
+    if name.startswith(tuple(f"{part}_" for part in LABELS))
+}
 
 
 def arrow_schema(columns: dict[str, str] = COLUMNS) -> "pyarrow.Schema":

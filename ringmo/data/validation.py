@@ -95,6 +95,13 @@ def rules(config: Config) -> list[Rule]:
             "lost_second",
             empty=True,
         ),
+        structure("heights_fit", "heights are as large as their tile", "height_unlike", empty=True),
+        structure(
+            "heights_measured",
+            "heights are known somewhere, and their figures agree",
+            "height_unmeasured",
+            empty=True,
+        ),
         quality(
             "nodata",
             f"at most {v.max_nodata_share:.0%} of a tile lacks data",
@@ -149,8 +156,14 @@ def rules(config: Config) -> list[Rule]:
         label("boxes_named", "every box has a class", "boxes_unnamed", empty=True),
         label(
             "labels_in_shard",
-            "masks and boxes lie within their shards",
+            "masks, boxes and heights lie within their shards",
             "labels_beyond_shard",
+            empty=True,
+        ),
+        label(
+            "height_range",
+            f"heights lie between {v.height_range[0]:g} and {v.height_range[1]:g} m",
+            "height_beyond",
             empty=True,
         ),
         classes(
@@ -215,7 +228,7 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
         raise BadInput(f"{workspace.store / store.MANIFEST} has no tile: run `ringmo ingest`")
     shards = {
         shard
-        for column in ("shard", "mask_shard", "boxes_shard")
+        for column in ("shard", *(f"{part}_shard" for part in store.LABELS))
         for shard in facts.few(tiles, column)[1]
     }
     files = {shard: workspace.store / shard for shard in shards}

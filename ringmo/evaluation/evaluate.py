@@ -1,181 +1,427 @@
-"""Evaluation on the test tiles, beside from-scratch training, histograms and the commonest class.
+"""Evaluation of a task's model on the test tiles, beside what it must beat.
 
-No figure stands alone: each has its interval, by place, and what it must beat.
+No figure stands alone: each has its interval, by place, and beside it the same model from scratch,
+whoever knows the training labels and never looks, and for scenes colour and gradient histograms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmo import console
+from ringmo import tasks
 from ringmo.config import Config, Sensor
 from ringmo.data import measures
 from ringmo.data.colours import visible
-from ringmo.data.loading import SelectedTiles, square
+from ringmo.data.loading import SelectedTiles, padded, square
 from ringmo.errors import BadInput
-from ringmo.evaluation import histogram, metrics, pictures
+from ringmo.evaluation import calibration, histogram, metrics, pictures
+from ringmo.evaluation.average_precision import IGNORED, RIGHT
+from ringmo.evaluation.behaviour import TILES, behaviour
+from ringmo.evaluation.measuring import answered, answers_of, batches, measured, trivial
+from ringmo.evaluation.metrics import Interval, Measure
+from ringmo.evaluation.pictures import Curve
 from ringmo.registry import bundle
 from ringmo.registry.bundle import Bundle
 from ringmo.stage import Report, write_json
+from ringmo.tasks.base import Evidence, Task
 from ringmo.training.machine import choose_device
 from ringmo.workspace import Workspace
 
-CHUNK = 256  # tiles decoded at a time: a test split need not fit in memory
+# Ground sampling distances from which on, in metres, tiles are told apart.
+GSD_M = (0.0, 0.5, 1.0, 3.0, 10.0)
+ECE = "ece"  # the expected calibration error
 
 
 def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Report:
     """Compare work/finetune-TASK/model with work/scratch-TASK/model on the test tiles.
 
-    Writes out/predictions.parquet, confusion.png, worst.png and per_class.json.
+    Writes out/evidence.npz (what every figure comes from, an array a name, rows in the order of
+    its `key`), per_class.json, predictions.parquet and pictures: best.png, typical.png,
+    worst.png, confusion.png, precision_recall.png, reliability.png, behaviour.png, where the
+    task has what they show.
+
+    Figures: test_FIGURE of all the task's figures; of the main one scratch_FIGURE,
+    trivial_FIGURE and difference_to_scratch, above 0 where the model is better; test_ece; drop_…
+    for each change of the images. With _low and _high where there is an interval.
 
     Raises:
         BadInput: no labelled test tiles, or a damaged bundle.
     """
-    import pandas as pd
-
-    selection = workspace.work("select") / f"{task}.parquet"
-    test = SelectedTiles(workspace, selection, "test")
-    train = SelectedTiles(workspace, selection, "train")
-    if not len(test):
-        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
+    kind = tasks.find(task)
     device = str(choose_device(config.hardware))
-    model = bundle.load(workspace.work(f"finetune@{task}") / "model", device)
-    scratch = bundle.load(workspace.work(f"scratch@{task}") / "model", device)
-    sensor = Sensor.model_validate(model.meta["sensors"][model.meta["sensor"]])
+    selection = workspace.work("select") / f"{task}.parquet"
+    if not len(SelectedTiles(workspace, selection, "test")):
+        raise BadInput(f"{selection} has no labelled test tiles: ingest more labelled imagery")
+    model, scratch = (
+        bundle.load(workspace.work(f"{stage}@{task}") / "model", device)
+        for stage in ("finetune", "scratch")
+    )
+    test, train = (model.tiles(workspace, selection, split) for split in ("test", "train"))
 
-    truth = test.table["label"].astype(str).to_numpy()
-    probabilities, from_scratch = _probabilities([model, scratch], test)
-    classes = np.array(model.meta["classes"])
-    predicted = classes[probabilities.argmax(1)]
-    right = predicted == truth
-    scratch_right = np.array(scratch.meta["classes"])[from_scratch.argmax(1)] == truth
-
-    samples = config.evaluate.bootstrap_samples
+    flips, samples = config.evaluate.flips, config.evaluate.bootstrap_samples
     places = test.table["place"].astype(str).tolist()
-    figures: dict[str, Any] = {"test_tiles": len(test), "bundle_hash": model.hash}
-    for name, values in (
-        ("test_accuracy", right.astype(float)),
-        ("scratch_accuracy", scratch_right.astype(float)),
-        ("difference_to_scratch", right.astype(float) - scratch_right),
-    ):
-        interval = metrics.bootstrap_mean(values, places, samples)
-        figures[name] = round(interval.value, 4)
-        figures[f"{name}_low"] = round(interval.low, 4)
-        figures[f"{name}_high"] = round(interval.high, 4)
+    classes = model.samples(test).classes
+    evidence = measured(model, test, flips=flips)
+    from_scratch = measured(scratch, test, flips=flips, label="from scratch")
+    scratch_classes = scratch.samples(test).classes
 
-    # A class that only the test tiles have counts, and is always missed.
-    names = sorted({*classes.tolist(), *truth.tolist()})
-    matrix = metrics.confusion_matrix(
-        _numbers(truth, names), _numbers(predicted, names), len(names)
-    )
-    by_class = metrics.per_class(matrix)
-    figures["test_mean_f1"] = round(by_class.mean_f1, 4)
-    rows: list[dict[str, Any]] = [
-        {
-            "class": name,
-            "f1": round(float(by_class.f1[i]), 4),
-            "precision": round(float(by_class.precision[i]), 4),
-            "recall": round(float(by_class.recall[i]), 4),
-            "tiles": int(by_class.support[i]),
-        }
-        for i, name in enumerate(names)
-        if by_class.support[i]
-    ]
+    drawn = metrics.drawn(_measure(kind, evidence, classes), places, samples)
+    other = metrics.drawn(_measure(kind, from_scratch, scratch_classes), places, samples)
+    better = drawn[kind.metric] - other[kind.metric]
+    difference = metrics.interval(-better if kind.metric in kind.lower else better)
+    without_looking = trivial(model, train, test)
+    report = Report(f"evaluate@{task}")
+    figures = report.figures
+    figures |= {"test_tiles": len(test), "bundle_hash": model.hash}
+    figures |= {"metric": kind.metric, "unit": kind.unit(kind.metric)}
+    for name, values in drawn.items():
+        figures |= rounded(f"test_{name}", metrics.interval(values))
+    figures |= rounded(f"scratch_{kind.metric}", metrics.interval(other[kind.metric]))
+    figures |= rounded("difference_to_scratch", difference)
+    least = kind.figures(without_looking, classes).whole[kind.metric]
+    figures[f"trivial_{kind.metric}"] = number(least)
+    several = "truth" in evidence and "predicted" not in evidence
+    if task == "scene" and config.evaluate.histogram_baseline and not several:
+        figures["histogram_accuracy"] = number(_histogram_accuracy(model, train, test))
 
-    train_labels = train.table["label"].astype(str).to_numpy()
-    kinds, counts = np.unique(train_labels, return_counts=True)
-    figures["majority_accuracy"] = round(float((truth == kinds[counts.argmax()]).mean()), 4)
-    if config.evaluate.histogram_baseline:
-        guesses = histogram.fit_predict(
-            histograms(train, sensor), _numbers(train_labels, names), histograms(test, sensor)
-        )
-        figures["histogram_accuracy"] = round(float((np.array(names)[guesses] == truth).mean()), 4)
+    changed = behaviour(model, test, evidence, samples, flips)
+    for one in changed:
+        figures |= rounded(f"drop_{one.change}".replace(" ", "_"), one.drop)
 
-    confidence = probabilities.max(1)
-    scratch_names = scratch.meta["classes"]
-    predictions = pd.DataFrame(
-        {
-            "key": test.table["key"],
-            "label": truth,
-            "predicted": predicted,
-            "confidence": confidence,
-            "scratch_predicted": np.array(scratch_names)[from_scratch.argmax(1)],
-            **{f"model:{name}": probabilities[:, i] for i, name in enumerate(classes)},
-            **{f"scratch:{name}": from_scratch[:, i] for i, name in enumerate(scratch_names)},
-        }
-    )
-    predictions.to_parquet(out / "predictions.parquet", index=False)
-    write_json(out / "per_class.json", rows)
-    pictures.confusion(out / "confusion.png", matrix, names)
-    worst = _worst(truth, predicted, confidence, config.evaluate.worst)
-    pictures.contact_sheet(
-        out / "worst.png",
-        [visible(test.image(int(row)), sensor) for row in worst],
-        [
-            (f"is {truth[row]}", f"said {predicted[row]}", f"{confidence[row]:.0%} sure")
-            for row in worst
+    whole = kind.figures(evidence, classes)
+    report.tables = {
+        "per_class": [_plain(row) for row in whole.classes],
+        "per_sensor": _groups(kind, evidence, classes, test, "sensor", samples),
+        "per_gsd": _groups(kind, evidence, classes, test, "gsd_m", samples),
+        "behaviour": [
+            {"change": one.change, kind.metric: number(one.value), **rounded("drop", one.drop)}
+            for one in changed
         ],
-        f"{len(worst)} mistakes, the surest first" if len(worst) else "no mistakes",
+    }
+    write_json(out / "per_class.json", report.tables["per_class"])
+    keys = np.array(test.keys(np.arange(len(test))))
+    np.savez_compressed(out / "evidence.npz", allow_pickle=False, key=keys, **evidence)
+    _predictions(out, model, scratch, test, evidence, from_scratch)
+    _pictures(out, config, model, test, evidence)
+    pictures.drops(
+        out / "behaviour.png",
+        [(_said_of(one.change), shown(one.drop, figures["unit"])) for one in changed],
+        f"{task}: how much worse with changed images, {min(TILES, len(test))} test tiles, "
+        f"95 % intervals",
+        f"drop of {kind.metric}, {'m' if figures['unit'] == 'm' else 'points'}",
     )
-    if figures["difference_to_scratch_low"] <= 0 <= figures["difference_to_scratch_high"]:
-        note = "the difference to from-scratch training is within chance"
-    else:
-        better = figures["difference_to_scratch"] > 0
-        note = f"the encoder makes it {'better' if better else 'worse'} than from scratch"
-    return Report(f"evaluate@{task}", figures=figures, tables={"per_class": rows}, notes=[note])
+    report.notes = _said(kind, figures)
+    return report
 
 
 def score(
     model: Bundle, workspace: Workspace, selection: Path, split: str = "test"
 ) -> dict[str, Any]:
-    """How a scene bundle does on a split of a selection: what the gate compares.
+    """How a task's bundle does on a split of a selection: what the gate compares.
 
     Classes are matched by name; a class that the bundle does not know is always wrong.
 
     Returns:
-        accuracy, mean_f1, n, correct (list of bool) and keys (list of str), in the same order.
+        All the task's figures by name, and n, the number of tiles.
 
     Raises:
-        BadInput: no labelled tiles in the split.
+        BadInput: no labelled tiles in the split, or an encoder's bundle.
     """
-    tiles = SelectedTiles(workspace, selection, split)
+    tiles = model.tiles(workspace, selection, split)
     if not len(tiles):
         raise BadInput(f"{selection} has no labelled {split} tiles")
-    truth = tiles.table["label"].astype(str).to_numpy()
-    predicted = np.array(model.meta["classes"])[_probabilities([model], tiles)[0].argmax(1)]
-    names = sorted({*model.meta["classes"], *truth.tolist()})
-    matrix = metrics.confusion_matrix(
-        _numbers(truth, names), _numbers(predicted, names), len(names)
-    )
-    correct = predicted == truth
-    return {
-        "accuracy": float(correct.mean()),
-        "mean_f1": metrics.per_class(matrix).mean_f1,
-        "n": len(tiles),
-        "correct": correct.tolist(),
-        "keys": tiles.keys(np.arange(len(tiles))),
+    kind, evidence = answers_of(model), measured(model, tiles)
+    return {**kind.figures(evidence, model.samples(tiles).classes).whole, "n": len(tiles)}
+
+
+def _measure(kind: Task, evidence: Evidence, classes: Sequence[str]) -> Measure:
+    """The task's figures, and how well the model knows what it knows."""
+    calibrated = calibration.reliability(evidence) is not None
+
+    def measure(weights: NDArray[np.int64] | None) -> Mapping[str, float]:
+        whole = kind.figures(evidence, classes, weights).whole
+        if not calibrated:
+            return whole
+        found = calibration.reliability(evidence, weights)
+        assert found is not None
+        return {**whole, ECE: found.error}
+
+    return measure
+
+
+def _groups(
+    kind: Task,
+    evidence: Evidence,
+    classes: Sequence[str],
+    tiles: SelectedTiles,
+    column: str,
+    samples: int,
+) -> list[dict[str, Any]]:
+    """The figures of the tiles that are alike in a column: a row a group, with its main figure's
+    interval."""
+    named = tiles.table[column].map(gsd_band if column == "gsd_m" else str)
+    rows = []
+    for name in sorted(set(named), key=_order):
+        chosen = (named == name).to_numpy()
+        places = tiles.table["place"].astype(str)[chosen].tolist()
+
+        def measure(
+            weights: NDArray[np.int64] | None, chosen: NDArray[np.bool_] = chosen
+        ) -> Mapping[str, float]:
+            of_all = np.zeros(len(chosen), np.int64)
+            of_all[chosen] = 1 if weights is None else weights
+            return kind.figures(evidence, classes, of_all).whole
+
+        drawn = metrics.drawn(measure, places, samples)
+        row: dict[str, Any] = {column.removesuffix("_m"): name, "tiles": int(chosen.sum())}
+        for figure, values in drawn.items():
+            if figure == kind.metric:
+                row |= rounded(figure, metrics.interval(values))
+            else:
+                row[figure] = number(values[0])
+        rows.append(row)
+    return rows
+
+
+def gsd_band(gsd_m: float | None) -> str:
+    """Between which distances of GSD_M a tile's lies."""
+    if gsd_m is None or np.isnan(gsd_m):
+        return "unknown"
+    at = int(np.searchsorted(GSD_M, gsd_m, "right"))
+    if at == len(GSD_M):
+        return f"{GSD_M[-1]:g} m and more"
+    return f"{GSD_M[at - 1]:g} to {GSD_M[at]:g} m"
+
+
+def _order(name: str) -> tuple[float, str]:
+    """Bands by their distances, `unknown` last, names by the alphabet."""
+    first = name.split()[0]
+    return (float(first) if first.replace(".", "").isdigit() else np.inf, name)
+
+
+def number(value: float) -> float | None:
+    """A figure as it is written down; None where there is nothing to measure."""
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def rounded(name: str, interval: Interval) -> dict[str, float | None]:
+    """An interval as figures NAME, NAME_low and NAME_high."""
+    ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {key: number(value) for key, value in ends.items()}
+
+
+def shown(interval: Interval, unit: str) -> Interval:
+    """An interval as people read it: of shares in %."""
+    times = 1 if unit == "m" else 100
+    return Interval(times * interval.value, times * interval.low, times * interval.high)
+
+
+def _said_of(change: str) -> str:
+    return f"{change}°" if change.startswith("turned") else change
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: number(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _said(kind: Task, figures: Mapping[str, Any]) -> list[str]:
+    """What the figures show, in sentences."""
+    low, high = (figures[f"difference_to_scratch_{end}"] for end in ("low", "high"))
+    if low is None or high is None:
+        notes = ["the difference to from-scratch training could not be measured"]
+    elif low <= 0 <= high:
+        notes = ["the difference to from-scratch training is within chance"]
+    else:
+        better = figures["difference_to_scratch"] > 0
+        notes = [f"the encoder makes it {'better' if better else 'worse'} than from scratch"]
+    value, least = figures[f"test_{kind.metric}"], figures[f"trivial_{kind.metric}"]
+    if value is not None and least is not None:
+        ends = [figures[f"test_{kind.metric}_{end}"] for end in ("low", "high")]
+        gains = [kind.gain(kind.metric, one) for one in (*ends, value) if one is not None]
+        if min(gains) <= kind.gain(kind.metric, least):
+            notes.append("it is not surely better than an answer without looking at the image")
+    return notes
+
+
+def _predictions(
+    out: Path,
+    model: Bundle,
+    scratch: Bundle,
+    test: SelectedTiles,
+    evidence: Evidence,
+    from_scratch: Evidence,
+) -> None:
+    """predictions.parquet, a row a tile: of scenes every class's probability by both models; of
+    other tasks how well both answered it (`Task.quality`)."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {"key": test.table["key"]}
+    if "scores" in evidence and "label" in test.table:
+        columns["label"] = test.table["label"].astype(str)
+        for prefix, of, which in (("", evidence, model), ("scratch_", from_scratch, scratch)):
+            columns[f"{prefix}predicted"] = _names_said(of, which.classes)
+            if not prefix:
+                columns["confidence"] = of["scores"].max(1)
+        for name, of, which in (("model", evidence, model), ("scratch", from_scratch, scratch)):
+            each = enumerate(which.classes)
+            columns |= {f"{name}:{known}": of["scores"][:, i] for i, known in each}
+    else:
+        for prefix, of, which in (("", evidence, model), ("scratch_", from_scratch, scratch)):
+            columns[f"{prefix}quality"] = answers_of(which).quality(of, which.classes)
+    pd.DataFrame(columns).to_parquet(out / "predictions.parquet", index=False)
+
+
+def _names_said(evidence: Evidence, classes: Sequence[str]) -> list[str]:
+    """The class of each scene; of several those from a probability of one half, with `;`."""
+    if "predicted" in evidence:
+        return [classes[i] for i in evidence["predicted"]]
+    return [
+        ";".join(name for name, score in zip(classes, row, strict=True) if score >= 0.5)
+        for row in evidence["scores"]
+    ]
+
+
+def _pictures(
+    out: Path, config: Config, model: Bundle, test: SelectedTiles, evidence: Evidence
+) -> None:
+    """All pictures for which there is evidence, but for the behaviour's."""
+    kind, count = answers_of(model), config.evaluate.worst
+    classes = model.samples(test).classes
+    quality = kind.quality(evidence, classes)
+    known = np.flatnonzero(~np.isnan(quality))
+    order = known[np.argsort(-quality[known], kind="stable")]
+    middle = max(0, (len(order) - count) // 2)
+    chosen = {
+        "best": order[:count],
+        "typical": order[middle : middle + count],
+        "worst": order[::-1][:count],
     }
+    if "right" in evidence and "confidence" in evidence:
+        wrong = np.flatnonzero(~evidence["right"])
+        chosen["worst"] = wrong[np.argsort(-evidence["confidence"][wrong], kind="stable")][:count]
+    for name, rows in chosen.items():
+        title = f"the {len(rows)} {name} tiles"
+        if "scores" in evidence and "label" in test.table:
+            if name == "worst" and "right" in evidence:
+                title = f"{len(rows)} mistakes, the surest first" if len(rows) else "no mistakes"
+            _scenes(out / f"{name}.png", model, test, evidence, rows, title)
+        else:
+            _answers(out / f"{name}.png", config, model, test, quality, rows, title)
+
+    if "confusion" in evidence:
+        matrix = evidence["confusion"].sum(0)
+        true = [*model.classes, "others"]
+        # Only where there are tiles with a class that the model does not know.
+        there = len(true) if matrix[-1].any() else len(model.classes)
+        pictures.confusion(
+            out / "confusion.png", matrix[:there], true[:there], model.classes, "pixels"
+        )
+    elif "predicted" in evidence:
+        matrix = metrics.confusion_matrix(
+            evidence["truth"].argmax(1), evidence["predicted"], len(classes)
+        )
+        pictures.confusion(out / "confusion.png", matrix, classes, classes, "tiles")
+    if curves := dict(_curves(evidence, classes)):
+        pictures.precision_recall(out / "precision_recall.png", curves)
+    if (found := calibration.reliability(evidence)) is not None:
+        pictures.reliability(out / "reliability.png", found)
 
 
-def _probabilities(models: Sequence[Bundle], tiles: SelectedTiles) -> list[NDArray[np.float32]]:
-    """Each model's probabilities (N, classes), every tile decoded once."""
-    answers: list[list[NDArray[np.float32]]] = [[] for _ in models]
-    with console.progress("evaluate", len(tiles)) as bar:
-        for start in range(0, len(tiles), CHUNK):
-            rows = range(start, min(start + CHUNK, len(tiles)))
-            images = [tiles.image(row) for row in rows]
-            for model, answer in zip(models, answers, strict=True):
-                answer.append(model.predict(images))
-            bar.advance(len(images))
-    return [np.concatenate(answer) for answer in answers]
+def _scenes(
+    path: Path,
+    model: Bundle,
+    test: SelectedTiles,
+    evidence: Evidence,
+    rows: NDArray[np.int64],
+    title: str,
+) -> None:
+    """Tiles with their label and what the model says."""
+    sensor = next(iter(model.sensors.values()))
+    said, truth = _names_said(evidence, model.classes), test.table["label"].astype(str)
+    pictures.contact_sheet(
+        path,
+        [visible(test.image(int(row)), sensor) for row in rows],
+        [
+            (
+                f"is {truth.iloc[row]}",
+                f"said {said[row] or 'none'}",
+                f"{evidence['scores'][row].max():.0%} sure",
+            )
+            for row in rows
+        ],
+        title,
+    )
 
 
-def _numbers(labels: NDArray[Any], names: list[str]) -> NDArray[np.int64]:
-    """Positions of labels among sorted names."""
-    return np.searchsorted(np.array(names), labels).astype(np.int64)
+def _answers(
+    path: Path,
+    config: Config,
+    model: Bundle,
+    test: SelectedTiles,
+    quality: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    title: str,
+) -> None:
+    """Tiles with their truth and the answer, as the task shows them."""
+    kind, samples = answers_of(model), model.samples(test)
+    sensor = next(iter(model.sensors.values()))
+    sheets = []
+    for sample in batches(model, samples, rows):
+        answer = answered(model, sample, config.evaluate.flips)
+        for at, row in enumerate(sample.rows):
+            image = visible(test.image(int(row)), sensor)
+            image = padded(np.repeat(image, 3, 2) if image.shape[2] == 1 else image)
+            sheets.append(kind.shown(image, answer, sample, at, samples.classes))
+    unit = kind.unit(kind.metric)
+    said = [
+        f"{-quality[row]:.2f} m off" if unit == "m" else f"quality {100 * quality[row]:.0f} %"
+        for row in rows
+    ]
+    sources = [str(test.table["source"].iloc[row]) for row in rows]
+    pictures.answers(path, sheets, [f"{s}, {o}" for s, o in zip(said, sources, strict=True)], title)
+
+
+def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, Curve]]:
+    """Precision over recall of each class that the tiles have; of objects at an overlap of 0.5."""
+    if "scores" in evidence and "truth" in evidence:
+        for i in range(evidence["scores"].shape[1]):
+            if evidence["truth"][:, i].any():
+                scores, true = evidence["scores"][:, i], evidence["truth"][:, i]
+                yield classes[i], _curve(scores, true, int(true.sum()))
+    if "object_outcome" in evidence:
+        outcome, score = evidence["object_outcome"][:, 0, 0], evidence["object_score"]
+        for i in np.unique(evidence["object_class"]):
+            counted = (evidence["object_class"] == i) & (outcome != IGNORED)
+            answers = counted & ~np.isnan(score)
+            there = int((counted & np.isnan(score)).sum())
+            if there:
+                yield classes[i], _curve(score[answers], outcome[answers] == RIGHT, there)
+
+
+def _curve(scores: NDArray[Any], right: NDArray[Any], there: int) -> Curve:
+    """Precision over recall of answers (n,), right or not, of which `there` could be found."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order].astype(np.float64))
+    precision = hits / np.arange(1, len(hits) + 1)
+    # Of equally sure answers none comes first: the curve has a point where the score changes.
+    last = np.flatnonzero(np.diff(scores[order].astype(np.float64), append=-np.inf))
+    recall, precision = hits[last] / there, precision[last]
+    steps = np.diff(recall, prepend=0.0)
+    return Curve(recall, precision, float((steps * precision).sum()))
+
+
+def _histogram_accuracy(model: Bundle, train: SelectedTiles, test: SelectedTiles) -> float:
+    """The yardstick's accuracy."""
+    sensor = next(iter(model.sensors.values()))
+    truth, known = (tiles.table["label"].astype(str).to_numpy() for tiles in (test, train))
+    names = np.unique(known)
+    guesses = histogram.fit_predict(
+        histograms(train, sensor), np.searchsorted(names, known), histograms(test, sensor)
+    )
+    return float((names[guesses] == truth).mean())
 
 
 def histograms(tiles: SelectedTiles, sensor: Sensor) -> NDArray[np.float32]:
@@ -188,11 +434,3 @@ def histograms(tiles: SelectedTiles, sensor: Sensor) -> NDArray[np.float32]:
         return histogram.describe(square(image, histogram.SIDE).permute(1, 2, 0).numpy())
 
     return np.stack([describe(row) for row in range(len(tiles))])
-
-
-def _worst(
-    truth: NDArray[Any], predicted: NDArray[Any], confidence: NDArray[np.float32], count: int
-) -> NDArray[np.int64]:
-    """The mistakes of which the model was surest."""
-    wrong = np.flatnonzero(predicted != truth)
-    return wrong[np.argsort(-confidence[wrong], kind="stable")][:count]

@@ -1,6 +1,6 @@
-"""Measures of a classifier and how sure they are, in NumPy."""
+"""Measures of classes, and how sure any figure is, in NumPy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,61 +26,116 @@ def confusion_matrix(
     return pairs.reshape(classes, classes).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class PerClass:
-    """One value a class: shares from 0 to 1; support is the number of true tiles."""
+def average_precision(
+    truth: NDArray[np.float64], scores: NDArray[np.float32], weights: NDArray[np.float64]
+) -> float:
+    """Area under precision over recall, in steps, of one class: the mean precision at its tiles.
 
-    precision: NDArray[np.float64]
-    recall: NDArray[np.float64]
-    f1: NDArray[np.float64]
-    support: NDArray[np.int64]
+    Args:
+        truth: (N,) of 0 and 1. weights: how often each tile counts.
 
-    @property
-    def mean_f1(self) -> float:
-        """Over the classes that have tiles."""
-        present = self.support > 0
-        return float(self.f1[present].mean()) if present.any() else 0.0
-
-
-def per_class(matrix: NDArray[np.int64]) -> PerClass:
-    """Precision, recall and F1 from a confusion matrix; 0 where a class was never predicted."""
-    right = matrix.diagonal().astype(np.float64)
-    support, claimed = matrix.sum(1), matrix.sum(0)
-    return PerClass(
-        right / np.maximum(claimed, 1),
-        right / np.maximum(support, 1),
-        2 * right / np.maximum(support + claimed, 1),
-        support,
-    )
-
-
-def bootstrap_mean(
-    values: NDArray[np.float64], places: Sequence[str], samples: int, seed: int = 0
-) -> Interval:
-    """The mean of `values` (N,) and its interval when whole places are drawn with replacement.
-
-    Tiles of one place are much alike: drawing single tiles would claim more certainty than there
-    is. With 0 and 1 for wrong and right it is the accuracy; with the difference of two models'
-    the paired difference.
-
-    Values (S, N) of S trainings with seeds of their own are drawn both ways, trainings and places
-    (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111): the interval then holds for another
-    training and other tiles, and errs on the wide side.
+    Returns:
+        NaN where no tile of the class counts.
     """
-    if not values.size:
-        return Interval(float("nan"), float("nan"), float("nan"))
+    order = np.argsort(-scores, kind="stable")
+    hits, counted = (truth * weights)[order], weights[order]
+    if not hits.sum():
+        return float("nan")
+    precision = np.cumsum(hits) / np.maximum(np.cumsum(counted), 1e-12)
+    return float((precision * hits).sum() / hits.sum())
+
+
+# Weights of the tiles → figures by name; None: every tile once.
+Measure = Callable[[NDArray[np.int64] | None], Mapping[str, float]]
+
+
+def draws(places: Sequence[str], samples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """How often each tile counts, (N,), when as many places as there are are drawn again.
+
+    Whole places, with replacement: tiles of one place are much alike, and drawing single tiles
+    would claim more certainty than there is. The same places and seed give the same draws.
+    """
     _, place = np.unique(np.asarray(places, dtype=str), return_inverse=True)
-    trainings = np.atleast_2d(values)
-    sums = np.stack([np.bincount(place, weights=row) for row in trainings])
-    counts = np.bincount(place)
+    count = int(place.max()) + 1
     random = np.random.default_rng(seed)
-    means = np.empty(samples)
-    for i in range(samples):
-        drawn = random.integers(0, len(counts), len(counts))
-        of = sums
-        if len(sums) > 1:
-            of = sums[random.integers(0, len(sums), len(sums))]
-        means[i] = of[:, drawn].mean(0).sum() / counts[drawn].sum()
+    for _ in range(samples):
+        yield np.bincount(random.integers(0, count, count), minlength=count)[place]
+
+
+def drawn(
+    measure: Measure, places: Sequence[str], samples: int, seed: int = 0
+) -> dict[str, NDArray[np.float64]]:
+    """Figures of all tiles and then of each draw, by name: (1 + samples,).
+
+    On the same places and seed those of two models belong together, draw by draw: `interval` of
+    their difference is the paired one. Without tiles all are NaN.
+    """
+    whole = dict(measure(None))
+    values = {name: np.full(1 + samples, np.nan) for name in whole}
+    for name, value in whole.items():
+        values[name][0] = value
+    if len(places):
+        for i, weights in enumerate(draws(places, samples, seed), 1):
+            for name, value in measure(weights).items():
+                if name in values:
+                    values[name][i] = value
+    return values
+
+
+def mean_drawn(
+    values: NDArray[np.float64], places: Sequence[str], samples: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """`drawn` for the mean of one value a tile, (N,), all draws at once: (1 + samples,).
+
+    Source of the speed: a mean needs the places' sums alone.
+    """
+    if not len(values):
+        return np.full(1 + samples, np.nan)
+    _, place = np.unique(np.asarray(places, dtype=str), return_inverse=True)
+    sums, counts = np.bincount(place, weights=values), np.bincount(place)
+    random = np.random.default_rng(seed)
+    means = np.empty(1 + samples)
+    means[0] = values.mean()
+    for i in range(1, 1 + samples):
+        chosen = random.integers(0, len(counts), len(counts))
+        means[i] = sums[chosen].sum() / counts[chosen].sum()
+    return means
+
+
+def interval(values: NDArray[np.float64]) -> Interval:
+    """The 95 % interval of a figure from `drawn`: (1 + samples,).
+
+    Draws in which it is no number are left out: without a tile of the class, say.
+    """
+    known = values[1:][~np.isnan(values[1:])]
+    if np.isnan(values[0]) or not len(known):
+        return Interval(float(values[0]), float("nan"), float("nan"))
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def intervals(
+    measure: Measure, places: Sequence[str], samples: int, seed: int = 0
+) -> dict[str, Interval]:
+    """Figures by name, each with its interval when whole places are drawn with replacement."""
+    return {
+        name: interval(values) for name, values in drawn(measure, places, samples, seed).items()
+    }
+
+
+def over_trainings(values: Sequence[NDArray[np.float64]], seed: int = 0) -> NDArray[np.float64]:
+    """The mean over S trainings with seeds of their own, which are drawn with replacement too.
+
+    The interval then holds for another training and other tiles, and errs on the wide side (the
+    pigeonhole bootstrap, Owen 2007, arXiv:0712.1111).
+
+    Args:
+        values: of each training what `drawn` gives, on the same draws: S of (1 + samples,).
+    """
+    stacked = np.stack(list(values))
+    trainings, columns = stacked.shape
+    chosen = np.random.default_rng((seed, trainings)).integers(0, trainings, stacked.shape)
+    chosen[:, 0] = np.arange(trainings)
+    mean: NDArray[np.float64] = stacked[chosen, np.arange(columns)].mean(0)
+    return mean

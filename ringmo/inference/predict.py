@@ -1,8 +1,8 @@
-"""Labels for images with a registered model, or with a bundle in a folder."""
+"""Answers for images with a registered model, or with a bundle in a folder."""
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ringmo.stage import write_json
 from ringmo.workspace import Workspace
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
+SCENE = "scene"
 
 
 def predict(
@@ -21,44 +22,59 @@ def predict(
     top: int = 5,
     batch_size: int = 64,
     out: Path | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The most likely classes of each image, in the order given.
+    """What the model says of each image, in the order given.
 
     Args:
         images: files, folders (searched for JPEG, PNG and GeoTIFF files) and globs.
-        ref: `scene@champion`, `scene/7`, or a bundle's folder.
-        top: how many classes each answer lists.
-        batch_size: images in memory at a time.
-        out: a folder for predictions.json, or a file ending in .json.
+        ref: `scene@champion`, `change/7`, or a bundle's folder.
+        top: how many classes the answer of a scene model lists.
+        batch_size: images in memory at a time, of a scene model; others take one.
+        out: a folder for predictions.json and, of all but scene models, the answers as files
+            (`answers.written`); for scene models also a file ending in .json.
+        beside: what else the model reads of the same ground: `second` (the later date) or a
+            sensor → a file, or a folder with files of the same names.
 
     Returns:
-        {image, label, confidence, top: [{label, probability}]} for each image that was read, and
-        {image, error} for each that was set aside.
+        For each image that was read {image, label, confidence, top: [{label, probability}]}, or
+        of other tasks {image, said, …, files}; and {image, error} for each that was set aside.
 
     Raises:
-        BadInput: no image at all could be read, or the model is unknown or no classifier.
+        BadInput: no image at all could be read, the model is unknown or no task's, or images
+            that belong together are missing.
         Unreachable: MLflow does not answer.
     """
     if top < 1:
         raise BadInput(f"--top {top}: at least 1")
+    from ringmo.inference.model import open_bundle
+
     paths = find_images(images)
-    bundle = _open(workspace, ref)
-    classes: list[str] | None = bundle.meta["classes"]
-    if not classes:
+    bundle = open_bundle(ref, workspace=workspace.root)
+    if bundle.task is None:
         raise BadInput(f"{ref} is an encoder and has no classes: name a task's model")
-    sensor = bundle.meta["sensors"][bundle.meta["sensor"]]
+    if bundle.task.name != SCENE:
+        batch_size = 1
+        if out is not None and out.suffix == ".json":
+            raise BadInput(f"--out {out}: name a folder: masks, heights and boxes are files")
+    together = [_together(path, beside or {}) for path in paths]
+    names = _names(paths)
 
     answers: list[dict[str, Any]] = []
     with console.progress("predict", len(paths)) as bar:
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
-            read = [_read(path, sensor) for path in chunk]
-            probabilities = iter(bundle.predict([p for p in read if not isinstance(p, str)]))
+            read = [_read(one, bundle) for one in together[start : start + batch_size]]
+            told = iter(_told(bundle, [one for one in read if not isinstance(one, str)]))
             for path, pixels in zip(chunk, read, strict=True):
+                answer: dict[str, Any] = {"image": str(path)}
                 if isinstance(pixels, str):
-                    answers.append({"image": str(path), "error": pixels})
+                    answer["error"] = pixels
+                elif bundle.task.name == SCENE:
+                    answer |= _best(next(told), bundle.classes, top)
                 else:
-                    answers.append({"image": str(path), **_best(next(probabilities), classes, top)})
+                    answer |= _other(next(told), path, out, names[path], bundle.classes)
+                answers.append(answer)
             bar.advance(len(chunk))
     failed = [answer for answer in answers if "error" in answer]
     if len(failed) == len(answers):
@@ -69,6 +85,49 @@ def predict(
     if out is not None:
         _write(out, answers)
     return answers
+
+
+def _told(bundle: Any, images: list[Any]) -> Any:
+    return bundle.predict(images) if images else []
+
+
+def _other(
+    told: dict[str, Any], image: Path, out: Path | None, name: str, classes: list[str]
+) -> dict[str, Any]:
+    from ringmo.inference import answers
+
+    files = answers.written(told, image, out, name, classes) if out is not None else []
+    return {**answers.summed_up(told, classes), "files": files}
+
+
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """What each image's answer is called: its own name, or its folders' before it where two
+    images share theirs."""
+    stems = [path.stem for path in paths]
+    return {
+        path: path.stem
+        if stems.count(path.stem) == 1
+        else "-".join(path.with_suffix("").parts[-3:])
+        for path in paths
+    }
+
+
+def _together(path: Path, beside: Mapping[str, str]) -> dict[str | None, Path]:
+    """An image and what else there is of its ground; its own name is None."""
+    found: dict[str | None, Path] = {None: path}
+    for name, given in beside.items():
+        other = Path(given)
+        if other.is_dir():
+            other = other / path.name
+            if not other.is_file():
+                same = sorted(p for p in Path(given).glob(f"{path.stem}.*") if p.is_file())
+                if not same:
+                    raise BadInput(f"--with {name}={given}: nothing there is called {path.name}")
+                other = same[0]
+        elif not other.is_file():
+            raise BadInput(f"--with {name}={given}: no such file or folder")
+        found[name] = other
+    return found
 
 
 def find_images(images: Iterable[str]) -> list[Path]:
@@ -104,6 +163,15 @@ def find_images(images: Iterable[str]) -> list[Path]:
 
 def text(answers: list[dict[str, Any]]) -> str:
     """A table for people; what was set aside comes last, with its reason."""
+    others = [answer for answer in answers if "said" in answer]
+    if others:
+        cells = [
+            (a["image"], a["said"], ", ".join(Path(f).name for f in a["files"])) for a in others
+        ]
+        lines = [console.table(cells, ("image", "answer", "files"))]
+        if not any(a["files"] for a in others):
+            lines.append("Next: the same with --out DIR writes masks, heights or boxes as files")
+        return "\n".join(lines + _not_read(answers))
     rows = [
         (
             answer["image"],
@@ -115,35 +183,41 @@ def text(answers: list[dict[str, Any]]) -> str:
         if "error" not in answer
     ]
     lines = [console.table(rows, ("image", "label", "confidence", "next"))] if rows else []
-    lines += [f"not read: {a['image']}: {a['error']}" for a in answers if "error" in a]
-    return "\n".join(lines)
+    return "\n".join(lines + _not_read(answers))
 
 
-def _open(workspace: Workspace, ref: str) -> Any:
-    """The bundle of a reference; MLflow is asked only where a registered version is named."""
-    from ringmo.registry import bundle
-
-    if (Path(ref) / "model.json").is_file():
-        return bundle.load(Path(ref))
-    from ringmo.registry import lineage
-    from ringmo.registry.register import open_bundle
-    from ringmo.registry.tracker import Tracker
-
-    tracker = Tracker(workspace)
-    return open_bundle(tracker, lineage.resolve(workspace, ref, tracker))
+def _not_read(answers: list[dict[str, Any]]) -> list[str]:
+    return [f"not read: {a['image']}: {a['error']}" for a in answers if "error" in a]
 
 
-def _read(path: Path, sensor: dict[str, Any]) -> Any:
-    """Pixels (H, W, bands) as the sensor's, or the reason why there are none."""
+def _read(paths: dict[str | None, Path], bundle: Any) -> Any:
+    """Pixels (H, W, bands) by what they are of, or the reason why there are none."""
     from ringmo.data.decode import decode
+
+    first = next(iter(bundle.sensors))
+    pixels = {}
+    for name, path in paths.items():
+        of = first if name in (None, "second") else name
+        if of not in bundle.sensors:
+            raise BadInput(f"--with {name}: this model reads {', '.join(bundle.sensors)}")
+        try:
+            image = decode(path.read_bytes())
+            pixels[name or first] = _fit(image, bundle.meta["sensors"][of])
+        except BadInput as error:
+            return str(error) if name is None else f"{path}: {error}"
+        except OSError as error:
+            return str(error.strerror)
+    sizes = {image.shape[:2] for image in pixels.values()}
+    if len(sizes) > 1:
+        said = ", ".join(f"{n} {i.shape[1]}x{i.shape[0]}" for n, i in pixels.items())
+        return f"images of one ground are of one size, found {said} pixels"
+    return pixels
+
+
+def _fit(image: Any, sensor: dict[str, Any]) -> Any:
     from ringmo.registry.bundle import fit
 
-    try:
-        return fit(decode(path.read_bytes()), sensor)
-    except BadInput as error:
-        return str(error)
-    except OSError as error:
-        return str(error.strerror)
+    return fit(image, sensor)
 
 
 def _best(probabilities: Any, classes: list[str], top: int) -> dict[str, Any]:

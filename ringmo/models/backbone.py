@@ -46,6 +46,14 @@ class SwinTrunk(SwinTransformer):  # type: ignore[misc]
         features: Tensor = self.norm(self.layers(tokens))
         return features
 
+    def stages(self, tokens: Tensor) -> list[Tensor]:
+        """What each stage makes of tokens; the last is what `forward` returns."""
+        features: list[Tensor] = []
+        for stage in self.layers:
+            tokens = stage(tokens)
+            features.append(tokens)
+        return [*features[:-1], self.norm(features[-1])]
+
     def levels(self) -> list[list[nn.Parameter]]:
         levels: list[list[nn.Parameter]] = [[]]
         for stage in self.layers:
@@ -141,7 +149,10 @@ class SincosTrunk(VisionTransformer):  # type: ignore[misc]
 class Encoder(nn.Module):
     """Images (B, bands, H, W), normalised → features (B, H/stride, W/stride, num_features).
 
-    `stems` are one a sensor, by its name; the trunk is one for all.
+    `stems` are one a sensor, by its name; the trunk is one for all. Images are one sensor's, or a
+    mapping from sensors to theirs: what the stems make of them is averaged, position by position.
+
+    stage_channels, stage_strides: of the maps that `stages` returns; strides are in pixels.
     """
 
     trunk: SwinTrunk | RelativeTrunk | SincosTrunk
@@ -151,14 +162,18 @@ class Encoder(nn.Module):
         stems: Mapping[str, nn.Module],
         trunk: SwinTrunk | RelativeTrunk | SincosTrunk,
         stride: int,
+        image_size: int,
     ) -> None:
         super().__init__()
         self.stems = nn.ModuleDict(dict(stems))
         self.trunk = trunk
-        self.stride = stride
+        self.stride, self.image_size, self.frozen = stride, image_size, False
         self.num_features: int = trunk.num_features
+        scales = range(len(trunk.layers) if isinstance(trunk, SwinTrunk) else 1)
+        self.stage_channels = [self.num_features >> scale for scale in reversed(scales)]
+        self.stage_strides = [stride >> scale for scale in reversed(scales)]
 
-    def forward(self, images: Tensor, sensor: str | None = None) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Tensor], sensor: str | None = None) -> Tensor:
         features: Tensor = self.trunk(self.tokens(images, sensor))
         return features
 
@@ -171,12 +186,33 @@ class Encoder(nn.Module):
         features: Tensor = self.trunk(self.tokens(images, sensor), kept)
         return features
 
-    def tokens(self, images: Tensor, sensor: str | None = None) -> Tensor:
-        """What a sensor's stem makes of images: (B, H/p, W/p, C).
+    def train(self, mode: bool = True) -> "Encoder":
+        """As of any module; a frozen one stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def freeze(self) -> None:
+        """No training changes it from here on."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def stages(self, images: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+        """Feature maps (B, C_i, H_i, W_i) of all Swin stages, finest first; a ViT has one.
+
+        Only the last has passed a LayerNorm, the trunk's own.
+        """
+        tokens, trunk = self.tokens(images), self.trunk
+        features = trunk.stages(tokens) if isinstance(trunk, SwinTrunk) else [trunk(tokens)]
+        return [each.permute(0, 3, 1, 2) for each in features]
+
+    def tokens(self, images: Tensor | Mapping[str, Tensor], sensor: str | None = None) -> Tensor:
+        """What a sensor's stem makes of images, or several stems on average: (B, H/p, W/p, C).
 
         Raises:
             BadInput: no such sensor, or none named where there are several.
         """
+        if isinstance(images, Mapping):
+            each = [self.tokens(of, name) for name, of in images.items()]
+            return torch.stack(each).mean(0) if len(each) > 1 else each[0]
         tokens: Tensor = self.stems[one_of(self.stems, sensor)](images)
         return tokens
 
@@ -228,7 +264,10 @@ def encoder(
         if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict, name):
             raise BadInput(f"sensor `{name}`: letters, digits, _ and -, and no reserved word")
     return Encoder(
-        {name: _stem(model, count) for name, count in bands.items()}, trunk, model.stride
+        {name: _stem(model, count) for name, count in bands.items()},
+        trunk,
+        model.stride,
+        model.image_size,
     )
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,20 +22,27 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ringmo.config import Model, Sensor
+from ringmo import tasks
+from ringmo.config import Finetune, Model, Sensor
 from ringmo.data.decode import Pixels, filled, fitted
-from ringmo.data.loading import square
+from ringmo.data.loading import SelectedTiles, padded, square
 from ringmo.data.values import decoded_pixels
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Encoder, encoder, one_of, transfer
-from ringmo.models.classifier import Classifier
 from ringmo.models.normal import Normal
 from ringmo.stage import write_json
+from ringmo.tasks.base import SECOND, Images, Task
+from ringmo.tasks.samples import Samples
 
-SCHEMA = 2
+if TYPE_CHECKING:
+    from ringmo.workspace import Workspace
+
+SCHEMA = 3
+READ = (2, SCHEMA)  # what schema 2 lacks has a default
 WEIGHTS = "model.safetensors"
 META = "model.json"
 EXAMPLE_IMAGE, EXAMPLE_ANSWER = "example.image", "example.answer"
+ENCODER = "encoder"
 TOLERANCE = 1e-4  # between machines: sums in another order differ by less than a tenth of this
 
 
@@ -47,16 +54,33 @@ class Example(BaseModel):
     sensor: str
 
 
+# Of a scene model of schema 2, which had no settings that its making needs.
+PLAIN = {
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "batch_size": 1,
+    "base_lr": 1.0,
+    "min_lr": 0.0,
+    "crop_scale": [1.0, 1.0],
+}
+
+
 class Meta(BaseModel):
-    """What model.json must hold. A task's model has one sensor, and names it."""
+    """What model.json must hold. A task's model names the sensor of its tiles among its sensors.
+
+    tile_pixels: of the longer side of the tiles it learnt from, which were scaled to `resize`.
+    settings: finetune.TASK, as it was.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
-    schema_version: Literal[2] = Field(alias="schema")
-    kind: Literal["encoder", "scene"]
+    schema_version: Literal[2, 3] = Field(alias="schema")
+    kind: str
     architecture: Model
     image_size: int = Field(ge=1)
     resize: int | None = Field(None, ge=1)
+    tile_pixels: int | None = Field(None, ge=1)
+    settings: Finetune = Finetune.model_validate(PLAIN)
     sensors: dict[str, Sensor] = Field(min_length=1)
     sensor: str | None = None
     example: Example
@@ -66,12 +90,24 @@ class Meta(BaseModel):
     lineage: dict[str, Any]
     figures: dict[str, Any]
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind != ENCODER and kind not in tasks.names():
+            raise ValueError(tasks.unknown(kind))
+        return kind
+
     @field_validator("sensors")
     @classmethod
     def _normalised(cls, sensors: dict[str, Sensor]) -> dict[str, Sensor]:
         if any(sensor.mean is None for sensor in sensors.values()):
             raise ValueError("mean and std are null: a model needs their numbers")
         return sensors
+
+
+# An image (H, W, bands); or several of one ground, by their sensors' names, the later date of a
+# change pair under `second`.
+Image = Pixels | Mapping[str, Pixels]
 
 
 @dataclass
@@ -85,15 +121,59 @@ class Bundle:
     device: str
     example: dict[str, Tensor]
 
-    def predict(self, images: Sequence[Pixels], batch_size: int = 64) -> NDArray[np.float32]:
-        """Probabilities (N, classes) for images (H, W, C) of any sizes and their sensor's type.
+    @property
+    def task(self) -> Task | None:
+        """What it answers; None for an encoder."""
+        return None if self.meta["kind"] == ENCODER else tasks.find(self.meta["kind"])
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.meta["classes"] or [])
+
+    @property
+    def settings(self) -> Finetune:
+        return Finetune.model_validate(self.meta.get("settings", PLAIN))
+
+    @property
+    def sensors(self) -> dict[str, Sensor]:
+        """What it reads, of a task's model the sensor of its tiles first."""
+        first = self.meta.get("sensor")
+        names = sorted(self.meta["sensors"], key=lambda name: name != first)
+        return {name: Sensor.model_validate(self.meta["sensors"][name]) for name in names}
+
+    @property
+    def encoder(self) -> Encoder:
+        trunk = self.model if self.meta["kind"] == ENCODER else self.model.encoder
+        assert isinstance(trunk, Encoder)
+        return trunk
+
+    def tiles(
+        self, workspace: "Workspace", selection: Path, split: str | None = None
+    ) -> SelectedTiles:
+        """The tiles of a selection that it reads, with all that its task needs of them."""
+        first, *beside = self.sensors
+        return SelectedTiles(workspace, selection, split, first, task=self.task, beside=beside)
+
+    def samples(self, tiles: SelectedTiles) -> Samples:
+        """What makes samples of tiles, as this model reads them."""
+        assert self.task is not None
+        how = self.settings.heights, self.settings.multi_label
+        return Samples(self.task, tiles, self.classes, self.sensors, self.device, *how)
+
+    def predict(self, images: Sequence[Image], batch_size: int = 64) -> Any:
+        """What the task says of images of any sizes and their sensor's type.
+
+        Of scenes probabilities (N, classes); else one dict an image (`Task.told`), for its own
+        pixels.
 
         Raises:
             BadInput: an encoder's bundle, or an image that has other bands or another type.
         """
-        if self.meta["classes"] is None:
+        if self.task is None:
             raise BadInput(f"{self.folder} is an encoder and has no classes: fine-tune it first")
-        return self._answer(images, batch_size)
+        from ringmo.inference import whole_images
+
+        return whole_images.predict(self, self.task, images, batch_size)
 
     def embed(
         self, images: Sequence[Pixels], batch_size: int = 64, sensor: str | None = None
@@ -106,47 +186,85 @@ class Bundle:
         Raises:
             BadInput: no such sensor, or an image that is not of it.
         """
-        trunk = self.model.encoder if isinstance(self.model, Classifier) else self.model
-        assert isinstance(trunk, Encoder)
-        return self._answer(images, batch_size, trunk, sensor)
+        name = one_of(self.meta["sensors"], sensor)
+        answers = [np.zeros((0, self.encoder.num_features), np.float32)]
+        for start in range(0, len(images), batch_size):
+            chunk = [self.fit(image, name) for image in images[start : start + batch_size]]
+            small = torch.stack([square(image, read_size(self.meta)) for image in chunk])
+            answers.append(features(self.encoder, small.to(self.device), self.meta, name))
+        return np.concatenate(answers)
+
+    def fit(self, image: Pixels, sensor: str) -> Pixels:
+        """`fit`, with an error that says which image."""
+        try:
+            return fit(image, self.meta["sensors"][sensor])
+        except BadInput as error:
+            raise BadInput(f"an image of shape {image.shape}: {error}") from None
 
     def check_example(self) -> None:
         """Whether the model, here and now, gives the answer that it gave when it was made.
 
         Raises:
-            BadInput: it does not, within 1e-4.
+            BadInput: it does not, within 1e-4 of the largest number.
         """
-        image = self.example[EXAMPLE_IMAGE].permute(1, 2, 0).numpy()
-        sensor = self.meta["example"]["sensor"]
-        answer = torch.from_numpy(self._answer([image], 1, sensor=sensor)[0])
-        difference = float((answer - self.example[EXAMPLE_ANSWER]).abs().max())
+        images = _normal(self.meta, _example_images(self.example, self.meta), self.device)
+        answer = _signature(self.model, self.meta, images)
+        was = self.example[EXAMPLE_ANSWER]
+        difference = float((answer - was).abs().max()) / max(1.0, float(was.abs().max()))
         if not difference <= TOLERANCE:
             raise BadInput(
                 f"{self.folder}: the example's answer is off by {difference:.2g} "
                 f"(at most {TOLERANCE:g}): the bundle or this installation is damaged"
             )
 
-    def _answer(
-        self,
-        images: Sequence[Pixels],
-        batch_size: int,
-        model: Encoder | None = None,
-        sensor: str | None = None,
-    ) -> NDArray[np.float32]:
-        sensor, answers = one_of(self.meta["sensors"], sensor), []
-        for start in range(0, len(images), batch_size):
-            chunk = []
-            for image in images[start : start + batch_size]:
-                try:
-                    chunk.append(fit(image, self.meta["sensors"][sensor]))
-                except BadInput as error:
-                    raise BadInput(f"an image of shape {image.shape}: {error}") from None
-            small = torch.stack([square(image, read_size(self.meta)) for image in chunk])
-            answers.append(answer(model or self.model, small.to(self.device), self.meta, sensor))
-        if not answers:
-            wide = len(self.meta["classes"] or []) if model is None else model.num_features
-            return np.zeros((0, wide), np.float32)
-        return torch.cat(answers).cpu().numpy()
+
+@torch.inference_mode()
+def features(
+    model: Encoder, images: Tensor, meta: Mapping[str, Any], sensor: str
+) -> NDArray[np.float32]:
+    """An encoder's features (B, C): the mean over all positions.
+
+    Args:
+        images: (B, bands, S, S), as decoded, S as `read_size` says. meta: `sensors` and the sizes
+            are read.
+    """
+    normal = Normal(Sensor.model_validate(meta["sensors"][sensor]), images.device)
+    size = meta["image_size"]
+    edge = (images.shape[-1] - size) // 2
+    inner = images[:, :, edge : edge + size, edge : edge + size]
+    mean: Tensor = model(normal(inner), sensor).float().mean(dim=(1, 2))
+    return mean.cpu().numpy()
+
+
+def _normal(
+    meta: Mapping[str, Any], images: Mapping[str, Tensor], device: torch.device | str
+) -> Images:
+    """Images (bands, S, S) as a model reads them, a batch of one."""
+    normal = {}
+    for name, image in images.items():
+        sensor = Sensor.model_validate(meta["sensors"][meta["sensor"] if name == SECOND else name])
+        normal[name] = Normal(sensor, device)(image[None].to(device))
+    return normal
+
+
+@torch.inference_mode()
+def _signature(model: nn.Module, meta: Mapping[str, Any], images: Images) -> Tensor:
+    """What the answer to the example is compared by: (n,), on the CPU."""
+    if meta["kind"] != ENCODER:
+        return tasks.find(meta["kind"]).signature(model, images)[0].float().cpu()
+    (sensor,) = images
+    said: Tensor = model(images[sensor], sensor).float().mean(dim=(1, 2))
+    return said[0].cpu()
+
+
+def _example_images(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The example's images, by what they are of."""
+    named = {
+        name.removeprefix(f"{EXAMPLE_IMAGE}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{EXAMPLE_IMAGE}.")
+    }
+    return {meta["example"]["sensor"]: tensors[EXAMPLE_IMAGE], **named}
 
 
 def fit(image: Pixels, sensor: Mapping[str, Any]) -> Pixels:
@@ -169,55 +287,42 @@ def fit(image: Pixels, sensor: Mapping[str, Any]) -> Pixels:
     return image
 
 
-@torch.inference_mode()
-def answer(
-    model: nn.Module, images: Tensor, meta: Mapping[str, Any], sensor: str | None = None
-) -> Tensor:
-    """A classifier's probabilities (B, classes), or an encoder's features (B, C).
-
-    Args:
-        images: (B, bands, S, S), as decoded, S as `read_size` says.
-        meta: `sensors` and the sizes are read. sensor: may be left out where there is one.
-    """
-    sensor = one_of(meta["sensors"], sensor)
-    images = middle(images, meta["image_size"])
-    normal = Normal(Sensor.model_validate(meta["sensors"][sensor]), images.device)(images)
-    output: Tensor = model(normal) if isinstance(model, Classifier) else model(normal, sensor)
-    return output.float().softmax(-1) if output.ndim == 2 else output.float().mean(dim=(1, 2))
-
-
 def read_size(meta: Mapping[str, Any]) -> int:
     """To how many pixels a tile is scaled; the model reads the middle `image_size` of them."""
     return int(meta.get("resize") or meta["image_size"])
 
 
-def middle(images: Tensor, size: int) -> Tensor:
-    """The middle size × size pixels of square images (B, C, S, S)."""
-    edge = (images.shape[-1] - size) // 2
-    return images[:, :, edge : edge + size, edge : edge + size]
-
-
 def write(
-    folder: Path, model: nn.Module, meta: dict[str, Any], example: Pixels | None = None
+    folder: Path,
+    model: nn.Module,
+    meta: dict[str, Any],
+    example: Pixels | Mapping[str, Pixels] | None = None,
 ) -> None:
     """Write a bundle: the weights first, model.json last, each whole or not at all.
 
     Args:
-        model: an Encoder or a Classifier; it is left in evaluation mode.
+        model: an Encoder or a task's model; it is left in evaluation mode.
         meta: `Meta` without schema, example and weights_sha256, which are added here.
-        example: an image (H, W, C) of the first sensor, whose answer is recorded; without one,
-            noise.
+        example: an image (H, W, C) of the model's sensor, or of its first one, whose answer is
+            recorded; several by name where the model reads several; without one, noise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    sensor = next(iter(meta["sensors"]))
+    sensor = meta.get("sensor") or next(iter(meta["sensors"]))
     if example is None:
         example = _noise(meta["sensors"][sensor], read_size(meta))
-    small = square(fit(example, meta["sensors"][sensor]), read_size(meta))
+    if not isinstance(example, Mapping):
+        example = {sensor: example}
     model.eval()
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    tensors[EXAMPLE_IMAGE] = small
-    tensors[EXAMPLE_ANSWER] = answer(model, small[None].to(device), meta, sensor)[0].cpu()
+    small = {}
+    for name, image in example.items():
+        pixels = fit(image, meta["sensors"][sensor if name == SECOND else name])
+        whole = meta["kind"] != ENCODER and tasks.find(meta["kind"]).padded
+        small[name] = square(padded(pixels) if whole else pixels, read_size(meta))
+        tensors[EXAMPLE_IMAGE + (f".{name}" if name != sensor else "")] = small[name]
+    answered = _signature(model, meta, _normal({**meta, "sensor": sensor}, small, device))
+    tensors[EXAMPLE_ANSWER] = answered.contiguous()
     data = to_bytes(tensors)
     temporary = folder / f".{WEIGHTS}.tmp"
     with temporary.open("wb") as file:
@@ -225,7 +330,7 @@ def write(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / WEIGHTS)
-    whole = {
+    whole_meta = {
         "schema": SCHEMA,
         **meta,
         "example": {
@@ -236,8 +341,8 @@ def write(
         },
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
-    Meta.model_validate(whole)
-    write_json(folder / META, whole)
+    Meta.model_validate(whole_meta)
+    write_json(folder / META, whole_meta)
 
 
 def _noise(sensor: Mapping[str, Any], size: int) -> Pixels:
@@ -273,16 +378,17 @@ def load(folder: Path, device: str = "cpu") -> Bundle:
         tensors = read_tensors(data)
     except (SafetensorError, ValueError) as error:
         raise BadInput(f"{folder / WEIGHTS} is damaged: {error}") from None
-    example = {
-        name: tensors.pop(name) for name in (EXAMPLE_IMAGE, EXAMPLE_ANSWER) if name in tensors
-    }
-    if len(example) < 2:
+    example = {name: tensors.pop(name) for name in list(tensors) if name.startswith("example.")}
+    if not {EXAMPLE_IMAGE, EXAMPLE_ANSWER} <= example.keys():
         raise BadInput(f"{folder / WEIGHTS} lacks the example: no whole bundle")
     architecture = Model.model_validate(meta["architecture"])
     bands = {name: len(sensor["bands"]) for name, sensor in meta["sensors"].items()}
-    scene = meta["kind"] == "scene"
-    trunk = encoder(architecture, bands, finetuning=scene)
-    model: nn.Module = Classifier(trunk, len(meta["classes"])) if scene else trunk
+    task = None if meta["kind"] == ENCODER else tasks.find(meta["kind"])
+    trunk = encoder(architecture, bands, finetuning=task is not None)
+    model: nn.Module = trunk
+    if task is not None:
+        settings = Finetune.model_validate(meta.get("settings", PLAIN))
+        model = task.model(trunk, len(meta["classes"]), settings)
     came = transfer(tensors, model, str(folder / WEIGHTS))
     if other := [*came.resized, *came.left_out]:
         raise BadInput(f"{folder / WEIGHTS}: weight {other[0]} is not of the model in {META}")
@@ -301,7 +407,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         raise BadInput(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise BadInput(f"{path} is damaged: {error}") from None
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+    if not isinstance(meta, dict) or meta.get("schema") not in READ:
         found = meta.get("schema") if isinstance(meta, dict) else meta
         raise BadInput(f"{path}: schema: this version reads {SCHEMA}, found {found!r}")
     try:
@@ -310,10 +416,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise BadInput(f"{path}: {key}: {first['msg']}") from None
-    one = len(checked.sensors) == 1 and checked.sensor in checked.sensors
+    encodes = checked.kind == ENCODER
     if (
-        (checked.kind == "scene") != bool(checked.classes)
-        or (checked.kind == "scene" and not one)
+        encodes != (checked.classes is None)
+        or not (encodes or checked.sensor in checked.sensors)
         or checked.example.sensor not in checked.sensors
     ):
         raise BadInput(f"{path}: classes, sensors and sensor do not fit each other or the kind")

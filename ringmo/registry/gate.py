@@ -8,7 +8,7 @@ compared. The rules, in this order:
 3. `encoder`: passes as the first one, when a task model built on it is champion, or when no task
    has a champion; an encoder has no answers of its own to score, so it stands or falls with the
    task model, and where there is none the newest stands.
-4. Under gate.TASK.min_value: refused.
+4. Under gate.TASK.min_value, or over max_value: refused.
 5. No champion, or one trained on generated imagery while the candidate is not: passes.
 6. The champion's files cannot be used: refused, since there is nothing to compare with; a person
    may promote the candidate with --force.
@@ -19,8 +19,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ringmo import console, tasks
 from ringmo.config import Config
-from ringmo.config import Gate as Rule
 from ringmo.errors import BadInput
 from ringmo.registry import promotion
 from ringmo.registry.register import ENCODER, open_bundle
@@ -80,37 +80,47 @@ def _judge(
     if task == ENCODER:
         return _judge_encoder(config, tracker, version, champion)
 
-    rule = config.gate[task]  # type: ignore[index]
-    candidate_score = _score(workspace, task, open_bundle(tracker, version), rule)
-    figures: dict[str, Any] = {
-        "candidate_" + rule.metric: candidate_score[rule.metric],
-        "gate_tiles": candidate_score["n"],
-    }
-    scored = f"{rule.metric} {_percent(candidate_score[rule.metric])}"
-    if candidate_score[rule.metric] < rule.min_value:
-        least = f"under the least allowed {_percent(rule.min_value)}"
+    rule, kind = config.gate[task], tasks.find(task)
+    metric = rule.metric or kind.metric
+    candidate_score = _score(workspace, task, open_bundle(tracker, version), metric)
+    value = candidate_score[metric]
+    figures: dict[str, Any] = {"candidate_" + metric: value, "gate_tiles": candidate_score["n"]}
+    unit = kind.unit(metric)
+    scored = f"{metric} {console.figure(value, unit)}"
+    if rule.min_value is not None and not value >= rule.min_value:
+        least = f"under the least allowed {console.figure(rule.min_value, unit)}"
         return Verdict(False, [f"{version}: {scored}, {least} (gate.{task}.min_value)"], figures)
+    if rule.max_value is not None and not value <= rule.max_value:
+        most = f"over the most allowed {console.figure(rule.max_value, unit)}"
+        return Verdict(False, [f"{version}: {scored}, {most} (gate.{task}.max_value)"], figures)
     if champion is None:
         return Verdict(True, [f"first version: {scored}, no champion to compare with"], figures)
     if champion.generated and not version.generated:
         why = f"the champion {champion} was trained on generated imagery, {version} on real imagery"
         return Verdict(True, [f"{why}: no comparison, {scored}"], figures)
     try:
-        champion_score = _score(workspace, task, open_bundle(tracker, champion), rule)
+        champion_score = _score(workspace, task, open_bundle(tracker, champion), metric)
     except BadInput as error:
         how = f"to promote all the same: ringmo promote {version} --force"
         why = f"the champion {champion} cannot be used, so there is nothing to compare with"
         return Verdict(False, [f"{why} ({error}); {how}"], figures)
-    figures["champion_" + rule.metric] = champion_score[rule.metric]
-    difference = candidate_score[rule.metric] - champion_score[rule.metric]
+    figures["champion_" + metric] = champion_score[metric]
+    difference = kind.gain(metric, value) - kind.gain(metric, champion_score[metric])
     compared = (
         f"{version} has {scored}, the champion {champion} "
-        f"{_percent(champion_score[rule.metric])}, on the same {candidate_score['n']} test tiles"
+        f"{console.figure(champion_score[metric], unit)}, on the same {candidate_score['n']} test "
+        f"tiles"
     )
     # A tile's worth of rounding must not decide between equal scores.
-    if difference < -rule.max_drop - 1e-9:
-        points = f"{-100 * difference:.1f} points worse, {100 * rule.max_drop:.1f} are allowed"
-        return Verdict(False, [f"{compared}: {points} (gate.{task}.max_drop)"], figures)
+    if not difference >= -rule.max_drop - 1e-9:
+        worse, most = (
+            console.figure(one, unit, points=True) for one in (-difference, rule.max_drop)
+        )
+        return Verdict(
+            False,
+            [f"{compared}: {worse} worse, {most} are allowed (gate.{task}.max_drop)"],
+            figures,
+        )
     return Verdict(True, [compared], figures)
 
 
@@ -128,7 +138,7 @@ def _judge_encoder(
     return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])
 
 
-def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict[str, Any]:
+def _score(workspace: Workspace, task: str, model: "Bundle", metric: str) -> dict[str, Any]:
     """Scores on the present test tiles, kept by model and selection: neither changes."""
     from hashlib import sha256
 
@@ -139,7 +149,7 @@ def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict
     kept = workspace.state / "scores" / f"{model.hash[:24]}-{tiles[:24]}.json"
     try:
         found: dict[str, Any] = json.loads(kept.read_text())
-        if rule.metric in found and "n" in found:
+        if metric in found and "n" in found:
             return found
     except (FileNotFoundError, json.JSONDecodeError):
         pass
@@ -148,10 +158,9 @@ def _score(workspace: Workspace, task: str, model: "Bundle", rule: Rule) -> dict
     scores = score(model, workspace, selection, split="test")
     if not scores["n"]:
         raise BadInput(f"{selection} has no test tiles: the gate has nothing to judge by")
-    numbers = {name: scores[name] for name in ("accuracy", "mean_f1", "n")}
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+    if metric not in numbers:
+        known = ", ".join(name for name in numbers if name != "n")
+        raise BadInput(f"gate.{task}.metric: no figure `{metric}` ({known})")
     write_json(kept, numbers)
     return numbers
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"

@@ -62,8 +62,9 @@ def _of_folder(folder: Path) -> Version:
 def models(workspace: Workspace, task: str | None = None) -> list[dict[str, Any]]:
     """Versions of one registered model, or of all, newest first.
 
-    Keys: model, version, aliases, accuracy, accuracy_low, accuracy_high, scratch_accuracy,
-    verdict, data_version, encoder, generated, created (Unix seconds), bundle_hash.
+    Keys: model, version, aliases, metric (the task's main figure), unit (% for a share), value,
+    low, high, scratch (the same from scratch), verdict, data_version, encoder, generated, created
+    (Unix seconds), bundle_hash.
     """
     tracker = Tracker(workspace)
     names = [task] if task else tracker.models()
@@ -71,14 +72,17 @@ def models(workspace: Workspace, task: str | None = None) -> list[dict[str, Any]
 
 
 def _row(version: Version) -> dict[str, Any]:
+    metric = _metric(version)
     return {
         "model": version.model,
         "version": version.version,
         "aliases": list(version.aliases),
-        "accuracy": version.figure("test_accuracy"),
-        "accuracy_low": version.figure("test_accuracy_low"),
-        "accuracy_high": version.figure("test_accuracy_high"),
-        "scratch_accuracy": version.figure("scratch_accuracy"),
+        "metric": metric,
+        "unit": version.tags.get("unit", "%"),
+        "value": version.figure(f"test_{metric}"),
+        "low": version.figure(f"test_{metric}_low"),
+        "high": version.figure(f"test_{metric}_high"),
+        "scratch": version.figure(f"scratch_{metric}"),
         "verdict": version.tags.get("verdict"),
         "data_version": version.tags.get("data_version"),
         "encoder": version.tags.get("encoder_version"),
@@ -88,24 +92,27 @@ def _row(version: Version) -> dict[str, Any]:
     }
 
 
+def _metric(version: Version) -> str:
+    """The main figure; versions from before there were other tasks do not say it."""
+    return version.tags.get("metric", "accuracy")
+
+
 def models_text(rows: list[dict[str, Any]]) -> str:
     """The versions as a table for people."""
 
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f} %"
-
-    def accuracy(row: dict[str, Any]) -> str:
-        low, high = row["accuracy_low"], row["accuracy_high"]
-        spread = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
-        return percent(row["accuracy"]) + spread
+    def figure(row: dict[str, Any]) -> str:
+        if row["value"] is None:
+            return ""
+        said = console.interval(row["value"], row["low"], row["high"], row["unit"])
+        return f"{row['metric']} {said}"
 
     return console.table(
         [
             (
                 f"{row['model']}/{row['version']}",
                 ", ".join(row["aliases"]),
-                accuracy(row),
-                percent(row["scratch_accuracy"]),
+                figure(row),
+                "" if row["scratch"] is None else console.figure(row["scratch"], row["unit"]),
                 row["verdict"] or "",
                 (row["data_version"] or "")[:8] + (" generated" if row["generated"] else ""),
                 row["encoder"] or "",
@@ -113,7 +120,7 @@ def models_text(rows: list[dict[str, Any]]) -> str:
             )
             for row in rows
         ],
-        ("model", "alias", "accuracy (95 %)", "scratch", "gate", "data", "encoder", "created"),
+        ("model", "alias", "test tiles (95 %)", "scratch", "gate", "data", "encoder", "created"),
     )
 
 
@@ -136,7 +143,7 @@ def _model(workspace: Workspace, tracker: Tracker | None, version: Version) -> d
     facts = {
         "aliases": ", ".join(version.aliases) or None,
         "created": _time(version.created),
-        "accuracy": tags.get("test_accuracy"),
+        _metric(version): tags.get(f"test_{_metric(version)}"),
         "gate": tags.get("verdict") and f"{tags['verdict']}: {tags.get('verdict_reasons', '')}",
         "imagery": "generated" if version.generated else "real",
         "bundle": version.bundle_hash or None,

@@ -24,28 +24,39 @@ class Model:
         self.bundle = bundle
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> "pd.DataFrame":
-        """One row an image: label, confidence, and a probability for each class.
+        """One row an image: of scenes label, confidence, and a probability for each class.
+
+        Of other tasks what `Task.told` gives, a column each: mask, height, boxes.
 
         Args:
             model_input: (N, H, W, bands) as the model's sensor stores pixels, or one (H, W, bands);
                 a list of such images, of file paths or of encoded files; or a table whose column
-                `image` holds either.
+                `image` holds either. A model that reads several images of one ground needs a table
+                with a column for each: its sensors' names, and `second` for the later date.
 
         Raises:
             BadInput: an encoder's bundle, or something that is no image this model reads.
         """
         import pandas as pd
 
-        meta = self.bundle.meta
-        classes, sensor = meta["classes"], meta["sensors"].get(meta.get("sensor"))
-        if not classes:
-            raise BadInput(f"{self.bundle.folder} is an encoder and has no classes")
-        images = [_pixels(item, where, sensor) for where, item in _items(model_input)]
-        probabilities = self.bundle.predict(images)
-        best = probabilities.argmax(axis=1)
-        answers = pd.DataFrame(probabilities, columns=classes)
-        answers.insert(0, "confidence", probabilities.max(axis=1))
-        answers.insert(0, "label", [classes[i] for i in best])
+        from ringmo.tasks.base import SECOND
+
+        bundle = self.bundle
+        if bundle.task is None:
+            raise BadInput(f"{bundle.folder} is an encoder and has no classes")
+        first, *others = [*bundle.sensors, *[SECOND] * (SECOND in bundle.task.parts)]
+        sensors = bundle.meta["sensors"] | {SECOND: bundle.meta["sensors"][first]}
+        if others:
+            images: list[Any] = _together(model_input, [first, *others], sensors)
+        else:
+            images = [_pixels(item, at, sensors[first]) for at, item in _items(model_input)]
+        told = bundle.predict(images)
+        if isinstance(told, list):
+            return pd.DataFrame(told)
+        best = told.argmax(axis=1)
+        answers = pd.DataFrame(told, columns=bundle.classes)
+        answers.insert(0, "confidence", told.max(axis=1))
+        answers.insert(0, "label", [bundle.classes[i] for i in best])
         return answers
 
 
@@ -54,6 +65,25 @@ def _load_pyfunc(data_path: str) -> Model:
     from ringmo.registry.bundle import load
 
     return Model(load(Path(data_path)))
+
+
+def _together(table: Any, names: list[str], sensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table with a column for each image of one ground."""
+    import pandas as pd
+
+    if not isinstance(table, pd.DataFrame) or not set(names) <= set(table.columns):
+        raise BadInput(
+            f"this model reads {' and '.join(names)} of the same ground: give a table with these "
+            f"columns"
+        )
+    columns = {name: _items(table[name].tolist()) for name in names}
+    return [
+        {
+            n: _pixels(items[i][1], f"{n} of {items[i][0]}", sensors[n])
+            for n, items in columns.items()
+        }
+        for i in range(len(table))
+    ]
 
 
 def _items(model_input: Any) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ringmo
+from ringmo import console, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
@@ -154,6 +155,8 @@ def _tags(
     if task != ENCODER:
         about["encoder_hash"] = lineage.get("encoder")
         about["encoder_version"] = str(encoder) if encoder else None
+        kind = tasks.find(task)
+        about |= {"metric": kind.metric, "unit": kind.unit(kind.metric)}
     report = _evaluation(workspace, task, model)
     figures = model.meta["figures"] | (report.figures if report else {})
     return about | {
@@ -169,8 +172,13 @@ def _evaluation(workspace: Workspace, task: str, model: "Bundle") -> Report | No
 
 def _description(task: str, about: Mapping[str, Any]) -> str:
     made_up = " Trained on generated imagery: its figures say nothing of real imagery."
-    accuracy = about.get("test_accuracy")
-    figure = f", {100 * accuracy:.1f} % on the test tiles" if accuracy is not None else ""
+    figure = ""
+    if task != ENCODER:
+        kind = tasks.find(task)
+        value = about.get(f"test_{kind.metric}")
+        if value is not None:
+            said = console.figure(value, kind.unit(kind.metric))
+            figure = f", {kind.metric} {said} on the test tiles"
     return f"RingMo {task}{figure}, data {str(about.get('data_version'))[:8]}." + (
         made_up if about[GENERATED] else ""
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ringmo.tasks.base import Task
 
 # What lies here beside the tasks.
-SHARED = ("__init__", "base", "dense", "objects")
+SHARED = ("__init__", "base", "dense", "objects", "samples")
 
 
 @cache
@@ -26,6 +26,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in files if file.stem not in SHARED))
 
 
+def unknown(name: str) -> str:
+    """That there is no such task, and which is meant."""
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names())}"
+    return f"`{name}` is no task; {hint}"
+
+
 def find(name: str) -> "Task":
     """The task of this name.
 
@@ -33,8 +40,6 @@ def find(name: str) -> "Task":
         BadInput: there is none.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(names())}"
-        raise BadInput(f"task `{name}`: no such task; {hint}")
+        raise BadInput(unknown(name))
     task: Task = import_module(f"ringmo.tasks.{name}").TASK
     return task

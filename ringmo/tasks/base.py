@@ -118,7 +118,7 @@ class Task(ABC):
         """Which rows of the manifest it can learn from, or be tested on."""
 
     @abstractmethod
-    def classes(self, train: "SelectedTiles") -> list[str]:
+    def classes(self, train: "SelectedTiles", settings: "Finetune") -> list[str]:
         """The names of its classes, by number; of a regression none.
 
         Raises:
@@ -131,6 +131,11 @@ class Task(ABC):
 
         Reads `Images` of the encoder's own image size.
         """
+
+    def prepare(  # noqa: B027  # most tasks have nothing to do
+        self, model: Any, train: "SelectedTiles", classes: Sequence[str], settings: "Finetune"
+    ) -> None:
+        """Give an untrained model what it takes from the training tiles: weights, a unit."""
 
     @abstractmethod
     def loss(self, model: Any, sample: Sample, settings: "Finetune") -> Tensor:
@@ -165,6 +170,7 @@ class Task(ABC):
         """The metrics.
 
         Args:
+            classes: names by number; the model's, and then those that only these tiles have.
             weights: (tiles,), how often each tile counts; None: once.
         """
 
@@ -192,6 +198,25 @@ class Task(ABC):
     @abstractmethod
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """How well each tile was answered (tiles,): higher is better; NaN: nothing to say."""
+
+    def gain(self, figure: str, value: float) -> float:
+        """A figure's value so that more is better; what is no number is worst."""
+        if np.isnan(value):
+            return -np.inf
+        return -value if figure in self.lower else value
+
+    def unit(self, figure: str) -> str:
+        """m or %, in which `console.figure` says it."""
+        return "m" if figure in self.metres else "%"
+
+    def signature(self, model: Any, images: Images) -> Tensor:
+        """Numbers (B, n) by which a model is known again: its answers, coarsely."""
+        answer = self.answer(model, images)
+        if answer.ndim > 2:
+            maps = answer if answer.ndim == 4 else answer[:, None]
+            answer = nn.functional.adaptive_avg_pool2d(maps, 8).flatten(1)
+        said: Tensor = answer.float()
+        return said
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:

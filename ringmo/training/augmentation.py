@@ -39,13 +39,44 @@ def cut(images: Tensor, where: Tensor, size: int) -> Tensor:
     Returns:
         float32 (B, C, size, size), in the images' units.
     """
-    # As `affine_grid` has it, which takes several times as long on a CPU.
-    at = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
-    turn, middle = where[:, None, None, :, :2], where[:, None, None, :, 2]
-    grid = at[:, None] * turn[..., 0] + at[:, None, None] * turn[..., 1] + middle
     return torch.nn.functional.grid_sample(
-        images.float(), grid, padding_mode="reflection", align_corners=False
+        images.float(), _grid(where, size), padding_mode="reflection", align_corners=False
     )
+
+
+def cut_truth(truth: Tensor, where: Tensor, size: int) -> Tensor:
+    """Masks or heights (B, 1, S, S), cut as `cut` cuts their images: the nearest pixel's value.
+
+    Returns:
+        float32 (B, size, size).
+    """
+    return torch.nn.functional.grid_sample(
+        truth.float(), _grid(where, size), "nearest", "reflection", align_corners=False
+    )[:, 0]
+
+
+def cut_corners(corners: Tensor, where: Tensor) -> Tensor:
+    """Where points of an image lie once it is cut.
+
+    Args:
+        corners: (n, 4, 2), x and y as shares of the image's side. where: (2, 3), of one image.
+
+    Returns:
+        (n, 4, 2), as shares of the crop's side; in the same order around a mirrored object.
+    """
+    turn, middle = where[:, :2], where[:, 2]
+    inside: Tensor = (corners * 2 - 1 - middle) @ torch.linalg.inv(turn).T
+    return (inside + 1) / 2
+
+
+def _grid(where: Tensor, size: int) -> Tensor:
+    """Where each pixel of a crop lies in its image: (B, size, size, 2), from -1 to 1.
+
+    As `affine_grid` has it, which takes several times as long on a CPU.
+    """
+    at = (torch.arange(size, device=where.device) * 2 + 1) / size - 1
+    turn, middle = where[:, None, None, :, :2], where[:, None, None, :, 2]
+    return at[:, None] * turn[..., 0] + at[:, None, None] * turn[..., 1] + middle
 
 
 def mixed(
@@ -115,3 +146,15 @@ def erased(images: Tensor, where: Tensor, noise: Tensor) -> Tensor:
     left, top, right, bottom = where[:, :, None].unbind(1)
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
     return torch.where(inside[:, None], noise, images)
+
+
+def turned(images: Tensor, number: int) -> Tensor:
+    """Images (…, S, S) in one of eight positions: `number` % 4 quarter turns, from 4 on mirrored
+    first."""
+    return torch.rot90(images.flip(-1) if number >= 4 else images, number % 4, (-2, -1))
+
+
+def turned_back(images: Tensor, number: int) -> Tensor:
+    """What `turned` has turned, as it was."""
+    images = torch.rot90(images, -(number % 4), (-2, -1))
+    return images.flip(-1) if number >= 4 else images

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ringmo import console
 from ringmo.config import Finetune, Pretrain
-from ringmo.data.loading import SelectedTiles, shuffled
+from ringmo.data.loading import Batch, SelectedTiles, shuffled
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Encoder
 from ringmo.stage import announce, write_json
@@ -97,6 +97,8 @@ def parameter_groups(
     level_of = {id(p): at for at, members in enumerate(levels) for p in members}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         plain = parameter.ndim < 2 or name.endswith(("relative_position_bias_table", "token"))
         scale = layer_decay ** (len(levels) - level_of.get(id(parameter), len(levels)))
         groups.setdefault((0.0 if plain else weight_decay, scale), []).append(parameter)
@@ -136,7 +138,8 @@ class MicroBatch:
     """A rank's images of one micro-batch of a step, on the device, as they are stored.
 
     images: (n, bands, S, S). rows: positions of their tiles. part: where they lie in the global
-    batch. first, last: whether a step begins with it, whether its update follows.
+    batch. first, last: whether a step begins with it, whether its update follows. parts: what
+    else of the tiles is read, by name.
     """
 
     sensor: str
@@ -146,6 +149,7 @@ class MicroBatch:
     first: bool
     last: bool
     waited_s: float
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer:
@@ -166,7 +170,8 @@ class Trainer:
 
     Args:
         tiles: sensor → its tiles. shares: sensor → its share of the steps.
-        image_size: of the model, pixels.
+        image_size: of the model, pixels. read_size: to which a tile is scaled when it is answered
+            for; None: image_size.
         try_out: the loss of so many made-up images through the model it is given.
 
     Raises:
@@ -190,9 +195,11 @@ class Trainer:
         image_size: int,
         try_out: trial.Trial,
         compile: bool = False,
+        read_size: int | None = None,
     ) -> None:
         self.stage, self.settings, self.machine, self.tiles = stage, settings, machine, dict(tiles)
-        self.image_size, self.tile_size = image_size, round(image_size * CROP_MARGIN)
+        self.image_size = image_size
+        self.tile_size = max(round(image_size * CROP_MARGIN), read_size or 0)
         machine.agree("selection, encoder, parameters or revision", fingerprint[:16])
         machine.agree("precision", "bf16" if machine.bfloat16 else "32")
         self._share = self._batch_of_a_rank()
@@ -216,7 +223,8 @@ class Trainer:
         faster = trial.compiled(machine, model, try_out, self._share) if compile else model
         self.model: Any = machine.fabric.setup_module(faster)
         self._bare = model
-        self._parameters = list(model.parameters())  # walking through the modules takes its time
+        # Once: walking through the modules takes its time.
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._paths = whole_batch.drop_paths(model)
         self._statistics = whole_batch.statistics(model)
 
@@ -282,10 +290,14 @@ class Trainer:
         """This step's random numbers for a purpose, the same on all ranks."""
         return np.random.default_rng((self.settings.seed, self.step, purpose))
 
+    def where(self, batch: MicroBatch) -> Tensor:
+        """Where the batch is cropped, turned and mirrored: (n, 2, 3), on the CPU."""
+        where = crops(self.settings.batch_size, self.settings.crop_scale, self.random(CROPS))
+        return where[batch.part]
+
     def augmented(self, batch: MicroBatch) -> Tensor:
         """The batch, cropped, turned and mirrored at random: float32, in the tiles' units."""
-        where = crops(self.settings.batch_size, self.settings.crop_scale, self.random(CROPS))
-        return cut(batch.images, self.machine.upload(where[batch.part]), self.image_size)
+        return cut(batch.images, self.machine.upload(self.where(batch)), self.image_size)
 
     def drawn(self, purpose: int, batch: MicroBatch, draw: Callable[..., Tensor]) -> Tensor:
         """This part of what is drawn for the global batch on the device, an image a row.
@@ -365,16 +377,19 @@ class Trainer:
             raise SystemExit(143)
         self._pause(self._updated_at)
 
-    def validation(
-        self, tiles: SelectedTiles, size: int
-    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """This rank's part of all tiles: uncropped images on the device, and their rows."""
+    def stop_early(self) -> None:
+        """End the training with this step, also where it goes on from a checkpoint."""
+        self.state["steps"] = self.steps = self.step
+
+    def validation(self, tiles: SelectedTiles, size: int) -> Iterator[Batch]:
+        """This rank's part of all tiles, uncropped; the images are on the device."""
         rows = np.arange(len(tiles))
         starts = rows[::RUN][self.machine.rank :: self.machine.ranks]
         mine = [rows[start : start + RUN] for start in starts]
         if mine:
             for batch in tiles.batches(np.concatenate(mine), RUN, size):
-                yield self.machine.upload(batch.images), batch.rows
+                batch.images = self.machine.upload(batch.images)
+                yield batch
 
     def log(self, **figures: float) -> None:
         """Add figures at this step; `val__loss` becomes `val/loss`."""
@@ -401,7 +416,9 @@ class Trainer:
 
     @property
     def _section(self) -> str:
-        return "pretrain" if isinstance(self.settings, Pretrain) else "finetune.scene"
+        if isinstance(self.settings, Pretrain):
+            return "pretrain"
+        return f"finetune.{self.stage.partition('@')[2]}"
 
     def _batch_of_a_rank(self) -> int:
         """Images of a micro-batch on one rank."""
@@ -423,7 +440,8 @@ class Trainer:
                     f"{len(tiles)} tiles of sensor {sensor} to train on: make it smaller, or "
                     f"ingest more"
                 )
-            shorter = tiles.table[["width", "height"]].min(axis=1).to_numpy()
+            sides = tiles.table[["width", "height"]]
+            shorter = (sides.max(axis=1) if tiles.whole else sides.min(axis=1)).to_numpy()
             small = shorter < self.image_size / 2
             if small.mean() > SMALL_SHARE:
                 raise BadInput(
@@ -483,6 +501,7 @@ class Trainer:
                         micro == 0,
                         micro == micros - 1,
                         read.waited_s,
+                        {n: self.machine.upload(part) for n, part in read.parts.items()},
                     )
 
     def _fit(self, model: nn.Module, try_out: trial.Trial) -> None:
@@ -609,6 +628,7 @@ class Trainer:
         if found is not None:
             found.into(self._bare, self.optimizer, self.run_dir)
             self.step, self.state = found.step, found.state
+            self.steps = self.state.get("steps", self.steps)
             extra = found.part(checkpoint.EXTRA)
             self._guard = extra.pop("guard").to(self.machine.device)
             self.tensors = extra

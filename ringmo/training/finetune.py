@@ -1,29 +1,33 @@
-"""Fine-tuning for scene classification, from the pre-trained encoder or from scratch.
+"""Fine-tuning for any task, from the pre-trained encoder or from scratch.
 
-    tiles → random crops, turns, perhaps more → classifier → smoothed cross-entropy
+    tiles → random crops, turns, perhaps more → the task's model → the task's loss
 
 The recipe is the same with and without the encoder, so that the difference is the encoder's. The
-model of the best epoch by validation accuracy is kept, the later one of equals.
+model of the best epoch by the task's main figure on the validation tiles is kept, the later one of
+equals.
 """
 
+import base64
+import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ringmo import config as configuration
+from ringmo import tasks
 from ringmo.config import Config
-from ringmo.data.loading import SelectedTiles
+from ringmo.data.loading import BESIDE, SelectedTiles
 from ringmo.data.selection import resolved
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Transfer, encoder, transfer
-from ringmo.models.classifier import Classifier
-from ringmo.models.normal import Normal
 from ringmo.registry import bundle
 from ringmo.stage import REVISIONS, Report
+from ringmo.tasks.base import Evidence, Figures, Sample, Task, joined
+from ringmo.tasks.samples import Samples, made_up
 from ringmo.training import engine
 from ringmo.training.augmentation import erased, holes, mixed
 from ringmo.training.engine import Trainer
@@ -57,25 +61,28 @@ def finetune(
         SystemExit: 143 on SIGTERM, after a checkpoint.
     """
     stage = f"{'scratch' if from_scratch else 'finetune'}@{task}"
+    kind = tasks.find(task)
     selection = selection or workspace.work("select") / f"{task}.parquet"
-    settings, name = config.finetune["scene"], config.select.sensor
-    sensor, pretrained, encoder_hash = config.sensors[name], None, None
+    settings = config.finetune[task]
+    names = (config.select.sensor, *config.select.beside)
+    sensors, pretrained, encoder_hash = {n: config.sensors[n] for n in names}, None, None
     selection_hash = engine.file_hash(selection)
-    train = SelectedTiles(workspace, selection, "train", name)
-    val = SelectedTiles(workspace, selection, "val", name)
-    classes = sorted({str(label) for label in train.table["label"]})
-    if len(classes) < 2:
-        raise BadInput(
-            f"{selection} has {len(train)} labelled tiles to train on, of {len(classes)} classes: "
-            f"put images into two or more class folders, or label them, and ingest again"
-        )
+    train, val = (
+        SelectedTiles(workspace, selection, split, names[0], task=kind, beside=names[1:])
+        for split in ("train", "val")
+    )
+    try:
+        classes = kind.classes(train, settings)
+    except BadInput as error:
+        raise BadInput(f"{selection}: {error}") from None
 
     architecture = config.model
     if from_scratch:
-        sensor = resolved(config, workspace)[name]
+        known = resolved(config, workspace)
+        sensors = {name: known[name] for name in names}
     else:
         pretrained = bundle.load(encoder or workspace.work("pretrain") / "encoder")
-        sensor = _sensor_of(pretrained, name, sensor)
+        sensors = {name: _sensor_of(pretrained, name, of) for name, of in sensors.items()}
         architecture = configuration.Model.model_validate(pretrained.meta["architecture"])
         encoder_hash = pretrained.hash
     try:
@@ -85,28 +92,34 @@ def finetune(
     size = architecture.image_size
     params = {
         "model": architecture.model_dump(mode="json"),
-        "sensors": {name: sensor.described()},
+        "sensors": {name: sensor.described() for name, sensor in sensors.items()},
         f"finetune.{task}": settings.model_dump(mode="json"),
     }
     revision = REVISIONS["finetune"]
     fingerprint = configuration.digest(selection_hash, params, revision, encoder_hash)
 
-    machine = Machine(config.hardware)
-    normal = Normal(sensor, machine.device)
+    # Some heads have parts that a batch may leave alone.
+    machine = Machine(config.hardware, unused_parameters=task != "scene")
     torch.manual_seed(settings.seed)
-    model = _classifier(architecture, {name: len(sensor.bands)}, settings.drop_path, len(classes))
+    bands = {name: len(sensor.bands) for name, sensor in sensors.items()}
+    freeze = settings.freeze and pretrained is not None
+    model = _untrained(kind, architecture, bands, 0.0 if freeze else None, len(classes), settings)
+    kind.prepare(model, train, classes, settings)
     generated, notes = train.generated, []
     if pretrained is not None:
         came = transfer(pretrained.model.state_dict(), model.encoder, str(pretrained.folder))
         generated = generated or bool(pretrained.meta["generated"])
         notes = _what_came(came)
+        if freeze:
+            model.encoder.freeze()
+            notes.append("the encoder is frozen: only what stands on it is trained")
     machine.place(model)
 
     def try_out(candidate: nn.Module, count: int) -> Tensor:
-        shape = (count, len(sensor.bands), size, size)
-        logits: Tensor = candidate(torch.randn(shape, device=machine.device))
-        return logits.float().logsumexp(1).mean()
+        made = made_up(kind, len(classes), bands, count, size, machine.device)
+        return kind.loss(candidate, made, settings)
 
+    read_size = settings.test_resize or size
     trainer = Trainer(
         workspace,
         stage,
@@ -116,47 +129,57 @@ def finetune(
         machine,
         model,
         model.encoder,
-        {name: train},
-        {name: 1.0},
+        {names[0]: train},
+        {names[0]: 1.0},
         size,
         try_out,
         config.hardware.compile,
+        read_size,
     )
 
-    answers = torch.nn.functional.one_hot(torch.from_numpy(_numbers(train, classes))).float()
+    def sampled(tiles: SelectedTiles) -> Samples:
+        how = settings.heights, settings.multi_label
+        return Samples(kind, tiles, classes, sensors, machine.device, *how)
+
+    samples, val_samples = sampled(train), sampled(val)
+    best = f"val_{kind.metric}"
     for batch in trainer.batches():
-        images, wanted = augmented(trainer, batch, normal, answers)
-        logits = trainer.model(images)
-        loss = torch.nn.functional.cross_entropy(
-            logits.float(), wanted, label_smoothing=settings.label_smoothing
-        )
+        loss = kind.loss(trainer.model, augmented(trainer, batch, samples), settings)
         trainer.update(loss, batch)
         if trainer.epoch_ended:
-            accuracy = 0.0  # without validation tiles every epoch ties, so the last is kept
+            gain = 0.0  # without validation tiles every epoch ties, so the last is kept
             if len(val):
-                accuracy = _accuracy(trainer, model, val, classes, normal)
-                trainer.log(val__accuracy=accuracy)
-            if accuracy >= trainer.state.get("best_accuracy", 0.0):
-                trainer.state |= {"best_accuracy": accuracy, "best_epoch": trainer.epoch}
+                figures = _validated(trainer, model, kind, val_samples, read_size).whole
+                trainer.log(**{f"val__{name}": value for name, value in figures.items()})
+                gain = kind.gain(kind.metric, figures[kind.metric])
+            if gain >= trainer.state.get("best_gain", -math.inf):
+                value = figures[kind.metric] if len(val) else None
+                trainer.state |= {"best_gain": gain, "best": value, "best_epoch": trainer.epoch}
                 trainer.tensors = {n: v.clone() for n, v in model.state_dict().items()}
+            waited = trainer.epoch - trainer.state["best_epoch"]
+            if settings.early_stop is not None and len(val) and waited >= settings.early_stop:
+                trainer.stop_early()
         trainer.save_if_due()
 
     model.load_state_dict(trainer.tensors)
-    figures = {
+    value = trainer.state["best"]
+    done = {
         **trainer.summary(),
         "tiles": len(train),
         "classes": len(classes),
         "train_loss": trainer.last("train__loss"),
-        "val_accuracy": round(trainer.state["best_accuracy"], 4) if len(val) else None,
+        best: None if value is None else round(value, 4),
         "best_epoch": trainer.state["best_epoch"],
     }
     meta = {
-        "kind": "scene",
+        "kind": task,
         "architecture": architecture.model_dump(mode="json"),
         "image_size": size,
-        "resize": settings.test_resize or size,
+        "resize": read_size,
+        "tile_pixels": int(np.median(train.table[["width", "height"]].max(axis=1))),
+        "settings": settings.model_dump(mode="json"),
         "sensors": params["sensors"],
-        "sensor": name,
+        "sensor": names[0],
         "classes": classes,
         "generated": generated,
         "lineage": {
@@ -165,40 +188,42 @@ def finetune(
             "revision": revision,
             "encoder": encoder_hash,
         },
-        "figures": {"val_accuracy": figures["val_accuracy"]},
+        "figures": {best: done[best]},
     }
     if machine.first:
-        bundle.write(out / "model", model.to("cpu"), meta, train.image(0))
+        example = {names[0]: train.image(0)}
+        example |= {name.removeprefix(BESIDE): train.other(name, 0) for name in train.others}
+        bundle.write(out / "model", model.to("cpu"), meta, example)
     machine.leave()
     run_dir = str(trainer.run_dir.relative_to(workspace.root))
-    return Report(stage, figures=figures, notes=notes, run_dir=run_dir)
+    return Report(stage, figures=done, notes=notes, run_dir=run_dir)
 
 
-def augmented(
-    trainer: Trainer, batch: engine.MicroBatch, normal: Normal, answers: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A batch as it is learnt: images, normalised, and the shares of the classes they show.
-
-    Args:
-        answers: (tiles, classes), on the CPU.
-    """
+def augmented(trainer: Trainer, batch: engine.MicroBatch, samples: Samples) -> Sample:
+    """A batch as it is learnt: cropped and turned with its labels, perhaps mixed and covered."""
     settings, upload = trainer.settings, trainer.machine.upload
     assert isinstance(settings, configuration.Finetune)
     size, images = settings.batch_size, trainer.augmented(batch)
     if settings.rand_augment:
         chosen = changes(size, settings.rand_augment, trainer.random(engine.CHANGES))
         images = rand_augment(images, chosen[batch.part], upload)
-    images = normal(images)
+    where = trainer.where(batch)
+    sample = samples.cropped(images, batch.parts, batch.rows, where, trainer.image_size)
+    if not (settings.random_erasing or settings.mixup or settings.cutmix):
+        return sample
+    images = sample.images[batch.sensor]
     if settings.random_erasing:
-        where = holes(size, settings.random_erasing, trainer.random(engine.HOLES))[batch.part]
+        at = holes(size, settings.random_erasing, trainer.random(engine.HOLES))[batch.part]
 
         def noise(count: int, **on: Any) -> Tensor:
             return torch.randn(count, *images.shape[1:], **on)
 
-        images = erased(images, upload(where), trainer.drawn(engine.NOISE, batch, noise))
+        images = erased(images, upload(at), trainer.drawn(engine.NOISE, batch, noise))
+    assert sample.labels is not None
     random = trainer.random(engine.MIX)
-    wanted = upload(answers[batch.rows])
-    return mixed(images, wanted, settings.mixup, settings.cutmix, random)
+    images, sample.labels = mixed(images, sample.labels, settings.mixup, settings.cutmix, random)
+    sample.images[batch.sensor] = images
+    return sample
 
 
 def _sensor_of(
@@ -222,10 +247,16 @@ def _sensor_of(
     return known
 
 
-def _classifier(
-    architecture: configuration.Model, bands: dict[str, int], drop_path: float, classes: int
-) -> Classifier:
-    return Classifier(encoder(architecture, bands, drop_path, finetuning=True), classes)
+def _untrained(
+    task: Task,
+    architecture: configuration.Model,
+    bands: dict[str, int],
+    drop_path: float | None,
+    classes: int,
+    settings: configuration.Finetune,
+) -> Any:
+    path = settings.drop_path if drop_path is None else drop_path
+    return task.model(encoder(architecture, bands, path, finetuning=True), classes, settings)
 
 
 def _what_came(came: Transfer) -> list[str]:
@@ -237,25 +268,28 @@ def _what_came(came: Transfer) -> list[str]:
     return notes
 
 
-def _numbers(tiles: SelectedTiles, classes: list[str]) -> NDArray[np.int64]:
-    """Class numbers of the tiles; -1 for a class that the training tiles do not have."""
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([number.get(str(label), -1) for label in tiles.table["label"]], np.int64)
-
-
 @torch.no_grad()
-def _accuracy(
-    trainer: Trainer, model: Classifier, tiles: SelectedTiles, classes: list[str], normal: Normal
-) -> float:
-    """Share of tiles, as they are answered for later, whose likeliest class is theirs."""
-    truth, right = _numbers(tiles, classes), 0
-    settings = trainer.settings
-    assert isinstance(settings, configuration.Finetune)
+def _validated(
+    trainer: Trainer, model: nn.Module, task: Task, samples: Samples, size: int
+) -> Figures:
+    """The task's figures on the validation tiles, answered as they are answered for later."""
     model.eval()
-    for images, rows in trainer.validation(tiles, settings.test_resize or trainer.image_size):
+    parts = []
+    for batch in trainer.validation(samples.tiles, size):
+        sample = samples.whole(batch)
         with trainer.machine.autocast():
-            shown = normal(bundle.middle(images, trainer.image_size))
-            predicted = model(shown).argmax(1).cpu().numpy()
-        right += int((predicted == truth[rows]).sum())
+            answer = task.answer(model, sample.images)
+        parts.append(task.evidence(answer, sample))
     model.train()
-    return trainer.machine.total(right)[0] / len(tiles)
+    return task.figures(_of_all_ranks(trainer.machine, parts), samples.classes)
+
+
+def _of_all_ranks(machine: Machine, parts: list[Evidence]) -> Evidence:
+    """The evidence of all ranks' tiles together."""
+    if machine.ranks == 1:
+        return joined(parts)
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **joined(parts) if parts else {})
+    told = machine.gather(base64.b64encode(file.getvalue()).decode())
+    read = [np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for text in told]
+    return joined([dict(one) for one in read if one.files])

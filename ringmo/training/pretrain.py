@@ -164,8 +164,9 @@ def _loss(
     machine, total, count = trainer.machine, 0.0, 0
     model.eval()
     for name, own in tiles.items():
-        for images, rows in trainer.validation(own, trainer.image_size):
-            mask = _mask(trainer, model, len(images), int(rows[0]))
+        for batch in trainer.validation(own, trainer.image_size):
+            images = batch.images
+            mask = _mask(trainer, model, len(images), int(batch.rows[0]))
             with machine.autocast():
                 loss = model(normal[name](images), mask, name)
             total += float(loss) * len(images)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_imagery import pixels, tree, write
+from small_imagery import geotiff, pixels, tree, write
 
 from ringmo.config import Config
 from ringmo.data import store
@@ -186,3 +186,38 @@ def test_what_ingest_wrote_passes_validation_and_a_broken_label_does_not(
         validate(config, workspace, tmp_path / "two")
     pages = [page.read_text() for page in (tmp_path / "two" / "docs").rglob("*.html")]
     assert any("images/03.png" in page and "data:image" in page for page in pages)
+
+
+def reasons(workspace: Any) -> dict[str, str]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(workspace.store / store.QUARANTINE).to_pylist()
+    return {row["source"]: row["reason"] for row in rows}
+
+
+def test_dates_of_other_sizes_or_places_are_no_pair(run, workspace, manifest, tmp_path):
+    source = tmp_path / "in"
+    for i in range(8):
+        geotiff(source / "A" / f"{i}.tif", i, 1000.0 * i, 5e6)
+        geotiff(source / "B" / f"{i}.tif", 500 + i, 1000.0 * i, 5e6)
+        mask(source / "label" / f"{i}.png", pixels(i, 48, 48)[..., 0] > 128)
+    geotiff(source / "B" / "0.tif", 500, 0, 5e6, side=40)
+    geotiff(source / "B" / "1.tif", 501, 1030, 5e6)
+    geotiff(source / "B" / "2.tif", 502, 2000.4, 5e6)  # within a pixel
+    geotiff(source / "B" / "3.tif", 503, 3000, 5e6, crs="EPSG:32632")
+    for date in ("A", "B"):  # scenes that are cut, of two sizes
+        width = 300 if date == "A" else 280
+        write(source / date / "9.png", ord(date), "PNG", width=width, height=160)
+    report = run(source, ingest__max_bad_share=0.5, ingest__tile_size=64)
+    found = reasons(workspace)
+    assert found["A/0.tif"] == "its second date has 40x40 pixels, it has 48x48"
+    assert found["A/1.tif"] == "its second date lies elsewhere, 30 pixels away"
+    assert found["A/3.tif"].startswith("its second date lies elsewhere, ")
+    assert found["A/9.png"] == "its second date has 280x160 pixels, it has 300x160"
+    assert set(found) == {"A/0.tif", "A/1.tif", "A/3.tif", "A/9.png"}
+    assert report.figures["pairs"] == 5
+    # What is left of such a pair is imagery; mended, it is a pair again.
+    assert {"B/0.tif", "B/1.tif", "B/9.png"} <= set(manifest()["source"])
+    geotiff(source / "B" / "0.tif", 500, 0, 5e6)
+    report = run(source, ingest__max_bad_share=0.5, ingest__tile_size=64)
+    assert "A/0.tif" not in reasons(workspace) and report.figures["pairs"] == 6

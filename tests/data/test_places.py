@@ -31,6 +31,7 @@ def row(key: str, label: str | None = None, box: tuple[float, ...] | None = None
         "key": key, "label": label, "crs": "EPSG:32631" if box else None, "minx": minx,
         "miny": miny, "maxx": maxx, "maxy": maxy, "std": 20.0, "phash": digits, "second": None,
         "source": key, "source_root": "r", "sensor": "rgb", "shard": "0", "offset": 0, "size": 0,
+        "row": 0, "col": 0, "width": 64, "height": 64,
         **more,
     }  # fmt: skip
 

@@ -43,7 +43,9 @@ def test_pretraining_sees_no_test_tile_and_no_label(run, choose, workspace, mani
     assert set(scene["key"]) == set(tiles["key"][tiles["label"].notna()])
     assert pretrain["key"].is_monotonic_increasing
     assert report.figures["labelled"] == len(scene) == 60
-    assert report.figures["test"] == (scene["split"] == "test").sum() > 0
+    (row,) = report.tables["tasks"]
+    assert row["test"] == (scene["split"] == "test").sum() > 0
+    assert row == {"task": "scene", "tiles": 60, **scene["split"].value_counts().to_dict()}
 
 
 def test_corrected_label_leaves_the_pretraining_selection_as_it_is(

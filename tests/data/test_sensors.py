@@ -380,11 +380,10 @@ def test_real_places_seen_by_four_sensors(run, workspace, manifest, terramesh, t
         (folder / name).mkdir()
         for file in sorted((terramesh / name).iterdir()):
             (folder / name / file.name).write_bytes(file.read_bytes())
-    report = run(folder, ingest__max_bad_share=0.5)
+    report = run(folder)
     tiles = manifest()
-    assert report.figures["tiles"] == 12
-    assert report.figures["set_aside"] == 3
-    assert all("1 band of int16" in reason for reason in reasons(workspace).values())
+    assert report.figures["tiles"] == report.figures["heights"] == 12
+    assert reasons(workspace) == {}
     assert report.figures["places"] == 3
     assert (tiles.groupby("place")["split"].nunique() == 1).all()
     assert tiles["label"].isna().all()

@@ -23,8 +23,8 @@ from ringmo.stage import Report, run_stage
 from ringmo.training import engine
 
 TWO_BY_TWO = {
-    "compare.methods": ["ringmo", "simmim"],
-    "compare.labels_per_class": [2, 6],
+    "compare.initialisations": ["ringmo", "simmim", "scratch"],
+    "compare.labels.scene": [2, 6],
     "compare.seeds": [1, 2],
     "compare.finetune_steps": 3,
     "evaluate.bootstrap_samples": 200,
@@ -32,12 +32,14 @@ TWO_BY_TWO = {
     "pretrain.checkpoint_every_s": 1000,
 }
 ONE_EACH = {
-    "compare.methods": ["ringmo"],
-    "compare.labels_per_class": [2],
+    "compare.initialisations": ["ringmo", "scratch"],
+    "compare.labels.scene": [2],
     "compare.seeds": [1],
     "compare.scratch_equal_total": False,
 }
-ROWS = ["RingMo", "SimMIM", "scratch", "scratch, equal total", "histograms"]
+ROWS = [
+    *("RingMo", "SimMIM", "scratch", "scratch, equal total", "histograms", "without looking"),
+]
 COLUMNS = ["k-NN", "linear", "2 labels", "6 labels"]
 
 
@@ -94,28 +96,28 @@ def test_a_comparison_has_every_cell_and_says_what_it_shows(
     # Two encoders; two labels counts x two seeds x (two encoders, scratch, scratch for longer).
     assert Counter(counted.finished) == {"pretrain": 2, "finetune": 16}
     said = capsys.readouterr().err
-    assert "compare 1/26: RingMo, pre-training: done; about" in said
-    assert "compare 26/26: histograms, 6 labels, seed 2: 6 labels 100.0%" in said
+    assert "compare 1/27: RingMo, pre-training: done; about" in said
+    assert "compare 26/27: scene: histograms, 6 labels, seed 2: 6 labels 100.0 %" in said
 
-    cells = {(cell["row"], cell["column"]): cell for cell in report.tables["accuracy"]}
-    missing = {("scratch, equal total", "k-NN"), ("scratch, equal total", "linear")}
-    assert cells.keys() == {(r, c) for r in ROWS for c in COLUMNS} - missing - {
-        ("histograms", "k-NN")
-    }
+    cells = {(cell["row"], cell["column"]): cell for cell in report.tables["measures"]}
+    missing = {(row, c) for row in ROWS[3::2] for c in COLUMNS[:2]} | {("histograms", "k-NN")}
+    assert cells.keys() == {(r, c) for r in ROWS for c in COLUMNS} - missing
     for (row, column), cell in cells.items():
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
-        assert cell["seeds"] == (2 if "labels" in column else 1)
-        named = f"{row.lower().replace(',', '')}/{column}".replace(" ", "_")
+        assert cell["seeds"] == (2 if "labels" in column and row != ROWS[-1] else 1)
+        named = f"scene/{row.lower().replace(',', '')}/{column}".replace(" ", "_")
         assert report.figures[named] == cell["value"]
     # Plain colours: what reads colours is right, and trained features tell them apart.
     assert cells["histograms", "2 labels"]["value"] == 1.0
     assert cells["RingMo", "linear"]["value"] == 1.0
+    assert cells["without looking", "2 labels"]["value"] == pytest.approx(1 / 3, abs=1e-4)
 
     results = pd.read_parquet(filled.work("compare") / "results.parquet")
     tuned = results[results["labels"].notna()]
     for (row, column), group in tuned.groupby(["row", "column"]):
-        assert sorted(group["seed"]) == [1, 2]
-        assert group["accuracy"].mean() == pytest.approx(cells[row, column]["value"], abs=2e-4)
+        if row != ROWS[-1]:
+            assert sorted(group["seed"]) == [1, 2]
+        assert group["value"].mean() == pytest.approx(cells[row, column]["value"], abs=2e-4)
     # Equal compute: 36 training tiles pre-train in 2 epochs of 3 steps of 12; fine-tuning has 3
     # steps, one an epoch; both together are 9.
     steps = {row: set(group["steps"].dropna()) for row, group in tuned.groupby("row")}
@@ -125,22 +127,20 @@ def test_a_comparison_has_every_cell_and_says_what_it_shows(
         "scratch": {3},
         "scratch, equal total": {9},
         "histograms": set(),
+        "without looking": set(),
     }
     before = results[results["column"] == "pretrain"]
     assert before["row"].tolist() == ROWS[:2] and set(before["steps"]) == {6}
     assert (before["seconds"] > 0).all()
 
-    # The difference is paired: by hand from the kept answers.
-    answers = {
-        method: np.array(
-            [
-                json.loads(next(path for path in kept).read_text())[0]["right"]
-                for seed in (1, 2)
-                if (kept := (filled.state / "compare").glob(f"{method}-6-{seed}-*.json"))
-            ]
-        )
-        for method in ("ringmo", "simmim")
-    }
+    # The difference is paired: by hand from the kept evidence.
+    answers = {}
+    for method in ("ringmo", "simmim"):
+        kept = [
+            next((filled.state / "compare").glob(f"scene-{method}-6-{seed}-*.npz"))
+            for seed in (1, 2)
+        ]
+        answers[method] = np.array([np.load(path)["right"] for path in kept], float)
     difference = next(
         one
         for one in report.tables["differences"]
@@ -186,7 +186,7 @@ def test_killed_comparison_goes_on_and_ends_the_same(
     counted = Counted(monkeypatch)
     report = compared(filled)
     assert counted.finished == ["finetune"]
-    for name in ("accuracy", "differences"):
+    for name in ("measures", "differences"):
         assert report.tables[name] == whole.tables[name]
     assert compared(filled).tables == report.tables
     assert counted.finished == ["finetune"]
@@ -195,15 +195,15 @@ def test_killed_comparison_goes_on_and_ends_the_same(
 
 
 def test_fewer_labels_are_seen_more_often_and_are_among_more(filled: Any) -> None:
-    config.edit(filled.params_file, {"compare.labels_per_class": [2, 6]})
-    comparison = compare._Comparison(Config.load(filled.params_file), filled)
+    config.edit(filled.params_file, {"compare.labels.scene": [2, 6]})
+    task = compare._Task(Config.load(filled.params_file), filled, "scene")
     selections = {}
     for labels, seed in ((2, 1), (6, 1), (2, 2)):
         path = filled.state / f"{labels}-{seed}.parquet"
-        comparison._write_selection(path, labels, seed)
+        task.write_selection(path, labels, seed)
         selections[labels, seed] = SelectedTiles(filled, path, "train").table["key"]
         val = SelectedTiles(filled, path, "val").table["key"]
-        assert sorted(val) == sorted(comparison.val.table["key"])
+        assert sorted(val) == sorted(task.val.table["key"])
         assert len(SelectedTiles(filled, path)) == len(val) + 18
     few, more, other = selections.values()
     assert few.value_counts().tolist() == [3] * 6 and more.value_counts().tolist() == [1] * 18
@@ -211,22 +211,29 @@ def test_fewer_labels_are_seen_more_often_and_are_among_more(filled: Any) -> Non
 
 
 def test_more_labels_than_there_are_is_said_not_refused(filled: Any) -> None:
-    report = compared(filled, compare__methods=["simmim"], compare__labels_per_class=[50])
+    report = compared(
+        filled,
+        compare__initialisations=["simmim", "scratch"],
+        compare__labels__scene=[50],
+    )
     (said,) = [note for note in report.notes if "fewer" in note]
     assert said == "50 labels: 3 of 3 classes have fewer (the least 12) and gave all they have."
-    assert {cell["row"] for cell in report.tables["accuracy"]} == {*ROWS[1:3], "histograms"}
+    assert {cell["row"] for cell in report.tables["measures"]} == {*ROWS[1:3], *ROWS[4:]}
     assert {one["of"] for one in report.tables["differences"]} == {"SimMIM"}
-    assert all(cell["seed_spread"] is None for cell in report.tables["accuracy"])
+    assert all(cell["seed_spread"] is None for cell in report.tables["measures"])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"compare.methods": ["ringmoo"]}, "compare.methods.0"),
-        ({"compare.methods": ["ringmo", "ringmo"]}, "each may stand here once"),
-        ({"compare.labels_per_class": [0]}, "compare.labels_per_class.0"),
+        ({"compare.initialisations": ["ringmoo"]}, "did you mean `ringmo`"),
+        ({"compare.initialisations": ["ringmo", "ringmo"]}, "each may stand here once"),
+        ({"compare.labels.scene": [0]}, "compare.labels.scene.0"),
+        ({"compare.labels.scene": [5, 5]}, "scene: each may stand here once"),
+        ({"compare.labels.scenes": [5]}, "`scenes` has no section in finetune"),
+        ({"compare.tasks": ["scenes"]}, "`scenes` has no section in finetune"),
         ({"compare.seeds": []}, "compare.seeds"),
-        ({"compare.step": 5}, "compare.step: no such key; known here: methods"),
+        ({"compare.step": 5}, "compare.step: no such key; known here: tasks"),
     ],
 )
 def test_misspelt_settings_are_one_line(workspace: Any, change: Any, said: str) -> None:
@@ -237,14 +244,14 @@ def test_misspelt_settings_are_one_line(workspace: Any, change: Any, said: str) 
 
 def test_a_method_that_the_model_cannot_do_is_refused_before_anything_runs(filled: Any) -> None:
     with pytest.raises(BadInput, match=r"pretrain\.method: mae .* needs model\.backbone"):
-        compared(filled, compare__methods=["ringmo", "mae"])
+        compared(filled, compare__initialisations=["ringmo", "mae"])
     assert not list((filled.state / "compare").glob("encoder-*"))
 
 
 def test_no_labels_are_refused_in_one_line(filled: Any) -> None:
     path = filled.work("select") / "scene.parquet"
     pd.read_parquet(path).iloc[:0].to_parquet(path, index=False)
-    with pytest.raises(BadInput, match="0 labelled tiles of 0 classes") as raised:
+    with pytest.raises(BadInput, match="0 labelled tiles to train on, of 0 classes") as raised:
         compared(filled)
     assert "\n" not in str(raised.value)
     path.unlink()
@@ -267,15 +274,16 @@ def test_one_command_from_folder_to_table_and_mlflow(
     for _ in range(2):  # the second finds everything done, and is the same run
         assert main(command) == 0
         answer = json.loads(capsys.readouterr().out)
-    assert answer["figures"]["classes"] == len(CLASSES)
+    assert answer["tables"]["tasks"][0]["classes"] == len(CLASSES)
     tracker = Tracker(workspace)
     (run,) = tracker.runs("compare")
     assert run.status == "FINISHED" and run.tags["data_version"]
-    assert run.metrics["ringmo/k-NN"] == answer["figures"]["ringmo/k-NN"]
-    assert run.metrics["histograms/2_labels_low"] <= run.metrics["histograms/2_labels"]
+    assert run.metrics["scene/ringmo/k-NN"] == answer["figures"]["scene/ringmo/k-NN"]
+    metrics = run.metrics
+    assert metrics["scene/histograms/2_labels_low"] <= metrics["scene/histograms/2_labels"]
     artifacts = Path(tracker.artifact_uri(run.id))
-    for name in ("comparison.png", "comparison.txt", "results.parquet", "tables/accuracy.json"):
+    for name in ("comparison.png", "comparison.txt", "results.parquet", "tables/measures.json"):
         assert (artifacts / name).is_file()
-    table = json.loads((artifacts / "tables" / "accuracy.json").read_text())
-    assert len(table["data"]) == len(answer["tables"]["accuracy"])
+    table = json.loads((artifacts / "tables" / "measures.json").read_text())
+    assert len(table["data"]) == len(answer["tables"]["measures"])
     assert bundle.load_meta(next((workspace.state / "compare").glob("encoder-*/encoder")))

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import made_store
@@ -6,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn import metrics as reference
 
 from ringmo import config
 from ringmo.config import Config
 from ringmo.errors import BadInput
-from ringmo.evaluation.evaluate import evaluate, score
+from ringmo.evaluation.evaluate import _curve, _groups, evaluate, gsd_band, score
 from ringmo.registry import bundle
 from ringmo.stage import Report, run_stage
+from ringmo.tasks import find
 from ringmo.training.finetune import finetune
 from ringmo.training.pretrain import pretrain
 
@@ -56,7 +59,8 @@ def test_three_colours_are_learnt_and_told(filled: Any) -> None:
     figures = reports["evaluate"].figures
     assert figures["test_tiles"] == 12
     assert figures["test_accuracy"] == figures["test_mean_f1"] == 1.0
-    assert figures["majority_accuracy"] == pytest.approx(1 / 3, abs=1e-3)
+    assert figures["trivial_accuracy"] == pytest.approx(1 / 3, abs=1e-3)
+    assert (figures["metric"], figures["unit"]) == ("accuracy", "%")
     assert figures["histogram_accuracy"] == 1.0
     for name in ("test_accuracy", "scratch_accuracy", "difference_to_scratch"):
         assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
@@ -69,8 +73,39 @@ def test_three_colours_are_learnt_and_told(filled: Any) -> None:
     rows = json.loads((folder / "per_class.json").read_text())
     assert rows == reports["evaluate"].tables["per_class"]
     assert [row["class"] for row in rows] == sorted(made_store.COLOURS)
-    for name in ("confusion.png", "worst.png"):
-        with Image.open(folder / name) as picture:
+    both = reports["evaluate"].tables
+    assert both["per_sensor"] == [
+        {
+            "sensor": "rgb",
+            "tiles": 12,
+            "accuracy": 1.0,
+            "accuracy_low": 1.0,
+            "accuracy_high": 1.0,
+            "mean_f1": 1.0,
+        }
+    ]
+    assert [row["gsd"] for row in both["per_gsd"]] == ["unknown"]
+    changes = [row["change"] for row in both["behaviour"]]
+    assert changes == [
+        *("mirrored", "turned 90", "turned 180", "turned 270"),
+        *("brighter", "darker", "noise", "band lost"),
+    ]
+    for name in changes:
+        assert f"drop_{name.replace(' ', '_')}_low" in figures
+    # What is on disk is what the figures come from, and can be read without running anything.
+    with np.load(folder / "evidence.npz", allow_pickle=False) as evidence:
+        assert evidence["key"].tolist() == predictions["key"].tolist()
+        assert evidence["right"].mean() == figures["test_accuracy"]
+        confidence, right = evidence["confidence"], evidence["right"]
+    assert 0 <= figures["test_ece_low"] <= figures["test_ece_high"]
+    assert figures["test_ece"] == pytest.approx(abs(confidence.mean() - right.mean()), abs=0.05)
+    json.dumps(reports["evaluate"].figures, allow_nan=False)
+    assert {path.name for path in folder.glob("*.png")} == {
+        *("best.png", "typical.png", "worst.png", "confusion.png", "precision_recall.png"),
+        *("reliability.png", "behaviour.png"),
+    }
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
             picture.load()
             assert picture.width > 200 and picture.height > 30
 
@@ -78,14 +113,12 @@ def test_three_colours_are_learnt_and_told(filled: Any) -> None:
     selection = filled.work("select") / "scene.parquet"
     model = bundle.load(filled.work("finetune@scene") / "model")
     answer = score(model, filled, selection)
-    assert (answer["accuracy"], answer["mean_f1"], answer["n"]) == (1.0, 1.0, 12)
-    assert answer["keys"] == predictions["key"].tolist() and all(answer["correct"])
+    assert answer == {"accuracy": 1.0, "mean_f1": 1.0, "n": 12}
     table = pd.read_parquet(selection)
     table.loc[table["label"] == "Port", "label"] = "Harbour"
     table.to_parquet(selection, index=False)
     renamed = score(model, filled, selection)
     assert renamed["accuracy"] == pytest.approx(2 / 3)
-    assert sum(renamed["correct"]) == 8
     assert model.meta["generated"] is True
     assert model.meta["lineage"]["encoder"] == bundle.load(filled.work("pretrain") / "encoder").hash
 
@@ -124,3 +157,65 @@ def test_one_batch_can_be_pretrained_on(filled: Any) -> None:
     train.iloc[: values.pretrain.batch_size].to_parquet(path, index=False)
     report = run_stage(filled, "pretrain", lambda o: pretrain(values, filled, o))
     assert report.figures["steps"] == 2 and report.figures["val_loss"] is None
+
+
+def test_answers_of_several_positions_are_asked_for(filled: Any) -> None:
+    config.edit(filled.params_file, {"evaluate.flips": 8, "finetune.scene.epochs": 2})
+    figures = chain(filled)["evaluate"].figures
+    # All eight positions together: turning the tile changes nothing.
+    for name in ("mirrored", "turned_90", "turned_180", "turned_270"):
+        assert figures[f"drop_{name}"] == figures[f"drop_{name}_high"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gsd_m", "band"),
+    [
+        (0.3, "0 to 0.5 m"),
+        (0.5, "0.5 to 1 m"),
+        (2.9, "1 to 3 m"),
+        (10, "10 m and more"),
+        (float("nan"), "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_tiles_are_told_apart_by_their_ground_sampling_distance(gsd_m: Any, band: str) -> None:
+    assert gsd_band(gsd_m) == band
+
+
+def test_each_group_of_tiles_has_its_own_figures() -> None:
+    right = np.array([1, 1, 0, 0, 0, 1])
+    evidence = {
+        "truth": np.eye(2, dtype=int)[np.zeros(6, int)],
+        "scores": np.eye(2)[1 - right],
+        "predicted": 1 - right,
+        "right": right == 1,
+        "confidence": np.ones(6),
+    }
+    table = pd.DataFrame(
+        {
+            "gsd_m": [0.2, 0.3, 20.0, 20.0, None, None],
+            "place": list("aabcde"),
+            "key": list("abcdef"),
+        }
+    )
+    tiles: Any = SimpleNamespace(table=table)
+    rows = _groups(find("scene"), evidence, ["a", "b"], tiles, "gsd_m", 200)
+    assert [(row["gsd"], row["tiles"], row["accuracy"]) for row in rows] == [
+        ("0 to 0.5 m", 2, 1.0),
+        ("10 m and more", 2, 0.0),
+        ("unknown", 2, 0.5),
+    ]
+    assert (rows[2]["accuracy_low"], rows[2]["accuracy_high"]) == (0, 1)
+
+
+def test_precision_over_recall_is_scikit_learn_s() -> None:
+    random = np.random.default_rng(0)
+    right = (random.random(80) < 0.4).astype(int)
+    scores = np.round(right * 0.3 + random.random(80), 1)  # with ties
+    curve = _curve(scores, right, int(right.sum()))
+    precision, recall, _ = reference.precision_recall_curve(right, scores)
+    assert curve.recall == pytest.approx(recall[:-1][::-1])
+    assert curve.precision == pytest.approx(precision[:-1][::-1])
+    assert curve.average == pytest.approx(reference.average_precision_score(right, scores))
+    # Of objects that were never answered the curve ends before all are found.
+    assert _curve(scores, right, 2 * int(right.sum())).recall[-1] == 0.5

@@ -3,7 +3,18 @@ import pytest
 from sklearn import metrics as reference
 
 from ringmo.evaluation import histogram
-from ringmo.evaluation.metrics import bootstrap_mean, confusion_matrix, per_class
+from ringmo.evaluation.metrics import (
+    Interval,
+    Measure,
+    average_precision,
+    confusion_matrix,
+    drawn,
+    draws,
+    interval,
+    intervals,
+    mean_drawn,
+    over_trainings,
+)
 
 
 def test_measures_agree_with_scikit_learn() -> None:
@@ -14,39 +25,94 @@ def test_measures_agree_with_scikit_learn() -> None:
     predicted[predicted == 1] = 0  # class 1 is never predicted
     matrix = confusion_matrix(truth, predicted, 6)
     assert np.array_equal(matrix, reference.confusion_matrix(truth, predicted, labels=range(6)))
-    precision, recall, f1, support = reference.precision_recall_fscore_support(
-        truth, predicted, labels=range(6), zero_division=0
-    )
-    ours = per_class(matrix)
-    assert np.allclose(ours.precision, precision)
-    assert np.allclose(ours.recall, recall)
-    assert np.allclose(ours.f1, f1)
-    assert np.array_equal(ours.support, support)
-    assert ours.mean_f1 == pytest.approx(f1[support > 0].mean())
+
+
+def share(values: np.ndarray) -> Measure:
+    """The mean over tiles, as any figure is given to the bootstrap."""
+
+    def measure(weights: np.ndarray | None) -> dict[str, float]:
+        return {"share": float(np.average(values, weights=weights))}
+
+    return measure
+
+
+def of_share(values: np.ndarray, places: list[str], samples: int) -> Interval:
+    return intervals(share(values), places, samples)["share"]
 
 
 def test_interval_of_independent_tiles_is_the_binomial_one() -> None:
     values = (np.arange(400) % 4 > 0).astype(float)
-    interval = bootstrap_mean(values, [str(i) for i in range(400)], 2000)
+    found = of_share(values, [str(i) for i in range(400)], 2000)
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
-    assert interval.value == 0.75
-    assert interval.low == pytest.approx(0.75 - half, abs=0.01)
-    assert interval.high == pytest.approx(0.75 + half, abs=0.01)
+    assert found.value == 0.75
+    assert found.low == pytest.approx(0.75 - half, abs=0.01)
+    assert found.high == pytest.approx(0.75 + half, abs=0.01)
 
 
 def test_copies_of_a_place_make_nothing_surer() -> None:
     random = np.random.default_rng(1)
     values = (random.random(40) < 0.7).astype(float)
-    alone = bootstrap_mean(values, [str(i) for i in range(40)], 1000)
-    copied = bootstrap_mean(np.repeat(values, 10), [str(i // 10) for i in range(400)], 1000)
+    alone = of_share(values, [str(i) for i in range(40)], 1000)
+    copied = of_share(np.repeat(values, 10), [str(i // 10) for i in range(400)], 1000)
     assert copied.value == pytest.approx(alone.value)
     assert copied.high - copied.low == pytest.approx(alone.high - alone.low, abs=1e-9)
 
 
+def test_whole_places_are_drawn_as_many_as_there_are() -> None:
+    places = ["a", "b", "a", "c", "b", "b"]
+    seen = set()
+    for weights in draws(places, 200):
+        a, b, c = weights[0], weights[1], weights[3]
+        assert weights.tolist() == [a, b, a, c, b, b] and a + b + c == 3
+        seen.add((a, b, c))
+    assert len(seen) == 10  # every way to draw three of three
+    first, again = (np.stack(list(draws(places, 5, seed=4))) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, np.stack(list(draws(places, 5, seed=5))))
+
+
+def test_the_mean_at_once_is_the_mean_draw_by_draw() -> None:
+    random = np.random.default_rng(3)
+    values, places = random.random(60), [str(i % 23) for i in range(60)]
+    slow = drawn(share(values), places, 50, seed=7)["share"]
+    assert mean_drawn(values, places, 50, seed=7) == pytest.approx(slow, abs=1e-12)
+
+
+def test_paired_difference_is_much_surer_than_two_intervals() -> None:
+    random = np.random.default_rng(0)
+    hard = random.random(500)
+    first, second = (hard < 0.70).astype(float), (hard < 0.67).astype(float)
+    places = [str(i) for i in range(500)]
+    one, other = (mean_drawn(values, places, 1000) for values in (first, second))
+    paired = interval(one - other)
+    assert paired.value == pytest.approx(first.mean() - second.mean())
+    assert paired.low > 0  # never worse on any tile
+    assert interval(one).low < interval(other).high  # which the two alone do not show
+
+
+def test_draws_without_a_number_are_left_out() -> None:
+    """The accuracy on one class, of which some draws have no tile."""
+    right = np.array([1.0, 0.0, 1.0, 1.0])
+    of_class = np.array([1, 1, 0, 0])
+
+    def measure(weights: np.ndarray | None) -> dict[str, float]:
+        counted = of_class * (1 if weights is None else weights)
+        whole = float((counted * right).sum() / counted.sum()) if counted.sum() else float("nan")
+        return {"accuracy": whole, "nothing": float("nan")}
+
+    values = drawn(measure, ["a", "b", "c", "d"], 500)
+    share_without = np.isnan(values["accuracy"]).mean()
+    assert share_without == pytest.approx(1 / 16, abs=0.03)  # (2 / 4) ** 4
+    found = interval(values["accuracy"])
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
+    assert all(np.isnan([(none := interval(values["nothing"])).value, none.low, none.high]))
+
+
 def test_same_values_same_interval_and_none_is_no_number() -> None:
     values, places = np.array([0.0, 1.0, 1.0]), ["a", "b", "c"]
-    assert bootstrap_mean(values, places, 100) == bootstrap_mean(values, places, 100)
-    assert np.isnan(bootstrap_mean(np.array([]), [], 100).value)
+    assert of_share(values, places, 100) == of_share(values, places, 100)
+    assert np.isnan(mean_drawn(np.array([]), [], 100)).all()
+    assert np.isnan(interval(drawn(lambda _: {"share": float("nan")}, [], 100)["share"]).value)
 
 
 def test_histograms_tell_colours_and_directions_apart() -> None:
@@ -76,11 +142,20 @@ def test_several_trainings_widen_the_interval_by_their_spread() -> None:
     random = np.random.default_rng(0)
     right = (random.random((3, 400)) < np.array([[0.5], [0.6], [0.7]])).astype(float)
     places = [str(i) for i in range(400)]
-    alike = np.repeat(right.mean(0, keepdims=True), 3, axis=0)
-    single = bootstrap_mean(right.mean(0), places, 2000)
-    both = bootstrap_mean(right, places, 2000)
+    mean = mean_drawn(right.mean(0), places, 2000)
+    each = [mean_drawn(row, places, 2000) for row in right]
+    single, both = interval(mean), interval(over_trainings(each))
     assert both.value == pytest.approx(right.mean()) == single.value
     assert both.low < single.low - 0.02 and both.high > single.high + 0.02
-    same = bootstrap_mean(alike, places, 2000)
-    assert (same.low, same.high) == pytest.approx((single.low, single.high), abs=0.01)
-    assert bootstrap_mean(right[:1], places, 200) == bootstrap_mean(right[0], places, 200)
+    assert over_trainings([mean] * 3) == pytest.approx(mean)
+    assert over_trainings(each[:1]) == pytest.approx(each[0])
+
+
+def test_average_precision_agrees_with_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    truth = (random.random(200) < 0.3).astype(float)
+    scores = (truth * 0.5 + random.random(200)).astype(np.float32)
+    weights = random.integers(0, 3, 200).astype(float)
+    wanted = reference.average_precision_score(truth, scores, sample_weight=weights)
+    assert average_precision(truth, scores, weights) == pytest.approx(wanted)
+    assert np.isnan(average_precision(truth * 0, scores, weights))

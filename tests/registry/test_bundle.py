@@ -85,7 +85,7 @@ def test_loaded_model_answers_as_the_written_one(tmp_path: Path) -> None:
     )
     loaded.check_example()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 2
+    assert loaded.meta["lineage"] == {"selection": "ab"} and loaded.meta["schema"] == 3
 
 
 def test_probabilities_for_images_of_any_size(scene: Path) -> None:
@@ -208,12 +208,16 @@ def test_a_model_of_int16_reads_uint16_that_fits(tmp_path: Path) -> None:
 
 
 def test_model_json_of_the_last_release_still_answers(scene: Path) -> None:
-    """It says nothing of scale, offset, decibels and clip, which have their defaults."""
+    """Schema 2 knew scenes alone, and no settings; sensors say no scale, offset or clip."""
     about = json.loads((scene / "model.json").read_text())
     assert sorted(about["sensors"]["rgb"]) == ["bands", "dtype", "mean", "std"]
+    before = bundle.load(scene).predict([PICTURE])
+    for name in ("settings", "tile_pixels"):
+        about.pop(name, None)
+    (scene / "model.json").write_text(json.dumps({**about, "schema": 2}))
     loaded = bundle.load(scene)
-    assert about["schema"] == 2
     loaded.check_example()
+    assert np.array_equal(loaded.predict([PICTURE]), before)
 
 
 @pytest.mark.parametrize("position", ["relative", "sincos"])
@@ -284,8 +288,8 @@ def test_flipped_bit_is_refused(scene: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema": 1}, "this version reads 2, found 1"),
-        ({"kind": "segmentation"}, "kind"),
+        ({"schema": 1}, "this version reads 3, found 1"),
+        ({"kind": "segmentatoin"}, "kind: .*did you mean `segmentation`"),
         ({"classes": None}, "classes"),
         ({"sensors": {"rgb": {**RGB, "mean": [1.0]}}}, "mean"),
         ({"sensors": {"rgb": {**RGB, "bands": "__import__('os')"}}}, "bands"),

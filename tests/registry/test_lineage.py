@@ -64,7 +64,11 @@ def test_models_are_listed_with_their_figures(chain: Workspace) -> None:
     rows = lineage.models(chain)
     assert [(row["model"], row["version"]) for row in rows] == [("encoder", 1), ("scene", 1)]
     scene = lineage.models(chain, "scene")[0]
-    assert scene["accuracy"] == 0.61 and "champion" in scene["aliases"]
+    assert (scene["metric"], scene["unit"], scene["value"]) == (
+        "accuracy",
+        "%",
+        0.61,
+    ) and "champion" in scene["aliases"]
     assert scene["encoder"] == "encoder/1" and scene["generated"] is False
     assert "61.0 %" in lineage.models_text(rows)
     assert lineage.models(chain, "nothing") == []
