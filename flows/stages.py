@@ -246,7 +246,8 @@ def _begun(calls: Sequence[Call], i: int, slots: int) -> Callable[[], State[Any]
 
     def end() -> State[Any]:
         future.wait()
-        return future.state
+        state: State[Any] = future.state
+        return state
 
     return end
 

@@ -202,6 +202,7 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "mlflow": running["mlflow"]["url"],
         "prefect": running["prefect"]["url"],
         "labelled": labelled(config, workspace),
+        "other_tasks": figures("select").get("other_tasks", []),
     }
     exit_code = 0
     for task in ends(config, workspace):
@@ -263,9 +264,10 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
                 rows.append(("  in production", f"{figures['champion']} (champion)"))
             rows += [("", f"  {reason}") for reason in figures.get("verdict_reasons", [])]
     if not result["labelled"]:
-        rows.append(
-            ("No labels", "the chain stopped after the encoder; folders named by class give labels")
-        )
+        why = "folders named by class give labels"
+        if result["other_tasks"]:
+            why = f"the labels are for {', '.join(result['other_tasks'])}"
+        rows.append(("No labels", f"the chain stopped after the encoder; {why}"))
     if result.get("minutes") is not None:
         rows.append(("Took", f"{result['minutes']:.1f} min, {result['headline']}"))
     rows += [("MLflow", result["mlflow"] or "-"), ("Prefect", result["prefect"] or "-")]
@@ -299,9 +301,12 @@ def _figure_rows(task: str, figures: dict[str, Any]) -> list[tuple[str, str]]:
 def summary_text(result: dict[str, Any]) -> str:
     ringmo = result.get("command", "ringmo")
     task = next(iter(result["labelled"]), None)
+    other = next(iter(result["other_tasks"]), None)
     following = (
         f"{ringmo} predict IMAGE --model {task}@champion\n      {ringmo} lineage {task}@champion"
         if task
+        else f"{ringmo} run --task {other}"
+        if other
         else "put the images in folders named by class and run again"
     )
     more = f"{ringmo} models\n      {ringmo} down      (ends the servers)"

@@ -125,7 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     verb("pretrain", _pretrain, "train the encoder by masked image modelling")
     finetune = verb("finetune", _finetune, "train a task model from the encoder")
     task_argument(finetune)
-    finetune.add_argument("--from-scratch", action="store_true", help="without the encoder")
+    either = finetune.add_mutually_exclusive_group()
+    either.add_argument("--from-scratch", action="store_true", help="without the encoder")
+    either.add_argument(
+        "--encoder", metavar="REF", help="from this encoder: encoder/3, or a bundle's folder"
+    )
     task_argument(verb("evaluate", _evaluate, "measure a task model on the test tiles"))
     register = verb("register", _register, "make the model a version in the registry, and judge it")
     task_argument(register, "encoder")
@@ -403,13 +407,22 @@ def _pretrain(arguments: Arguments) -> int:
 
 
 def _finetune(arguments: Arguments) -> int:
+    again = ["finetune", arguments.task, *["--from-scratch"] * arguments.from_scratch]
+    more: dict[str, Any] = {}
+    if arguments.encoder:
+        from ringmo.inference.model import open_bundle
+
+        # Its folder: the processes of a training need not find the registry.
+        more["encoder"] = open_bundle(arguments.encoder, workspace=arguments.workspace).folder
+        again += ["--encoder", str(more["encoder"])]
     return _training(
         arguments,
-        ["finetune", arguments.task, *["--from-scratch"] * arguments.from_scratch],
+        again,
         f"{'scratch' if arguments.from_scratch else 'finetune'}@{arguments.task}",
         "ringmo.training.finetune:finetune",
         task=arguments.task,
         from_scratch=arguments.from_scratch,
+        **more,
     )
 
 

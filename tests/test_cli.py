@@ -23,7 +23,7 @@ VERBS = {
     "validate": set(),
     "select": set(),
     "pretrain": set(),
-    "finetune": {"--from-scratch"},
+    "finetune": {"--from-scratch", "--encoder"},
     "evaluate": set(),
     "register": {"--flow-run"},
     "data": set(),

@@ -80,11 +80,16 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     report.tables["tasks"] = [
         {"task": name, "tiles": len(table), **_splits(table)} for name, table in tables.items()
     ]
+    others = [name for name in tasks.names() if name not in config.tasks]
+    report.figures["other_tasks"] = [n for n in others if tasks.find(n).usable(tiles).any()]
     each = ", ".join(f"{n} {name}" for name, n in sensors.items())
     console.note(f"select: {len(seen)} tiles to pre-train on{f' ({each})' if len(mix) > 1 else ''}")
     for row in report.tables["tasks"]:
         said = "{task}: {tiles} labelled tiles: {train} train, {val} val, {test} test".format(**row)
         console.note(f"select: {said}")
+    if report.figures["other_tasks"]:
+        more = ", ".join(report.figures["other_tasks"])
+        console.note(f"select: there are labels for {more} too (`tasks` in params.yaml)")
     return report
 
 

@@ -47,8 +47,10 @@ def predict(
     """
     if top < 1:
         raise BadInput(f"--top {top}: at least 1")
+    from ringmo.inference.model import open_bundle
+
     paths = find_images(images)
-    bundle = _open(workspace, ref)
+    bundle = open_bundle(ref, workspace=workspace.root)
     if bundle.task is None:
         raise BadInput(f"{ref} is an encoder and has no classes: name a task's model")
     if bundle.task.name != SCENE:
@@ -186,20 +188,6 @@ def text(answers: list[dict[str, Any]]) -> str:
 
 def _not_read(answers: list[dict[str, Any]]) -> list[str]:
     return [f"not read: {a['image']}: {a['error']}" for a in answers if "error" in a]
-
-
-def _open(workspace: Workspace, ref: str) -> Any:
-    """The bundle of a reference; MLflow is asked only where a registered version is named."""
-    from ringmo.registry import bundle
-
-    if (Path(ref) / "model.json").is_file():
-        return bundle.load(Path(ref))
-    from ringmo.registry import lineage
-    from ringmo.registry.register import open_bundle
-    from ringmo.registry.tracker import Tracker
-
-    tracker = Tracker(workspace)
-    return open_bundle(tracker, lineage.resolve(workspace, ref, tracker))
 
 
 def _read(paths: dict[str | None, Path], bundle: Any) -> Any:

@@ -11,6 +11,7 @@ Source: Ren et al., NeurIPS 2015; Lin et al., CVPR 2017.
 
 from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,8 +192,13 @@ class Detector(nn.Module):
         self.rpn = Proposals(self.maps)
         self.heads = Heads(self.maps, classes)
 
-    def forward(self, images: Images) -> list[dict[str, Tensor]]:
-        """Answers of each image: boxes (n, 4), scores (n,) and labels (n,), by falling score."""
+    def forward(self, images: Images, objects: list[Objects] | None = None) -> Any:
+        """Answers of each image: boxes (n, 4), scores (n,) and labels (n,), by falling score.
+
+        With the images' objects what it costs to learn them (`losses`).
+        """
+        if objects is not None:
+            return self.losses(images, objects)
         listed, maps = image_list(images), self.maps(self.encoder.stages(images))
         proposals, _ = self.rpn(listed, maps)
         logits, deltas = self.heads.said(maps, proposals, listed.image_sizes)

@@ -10,6 +10,7 @@ Source: Xie et al., ICCV 2021 (arXiv:2108.05699).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -280,8 +281,13 @@ class OrientedDetector(nn.Module):
         self.rpn = OrientedProposals(self.maps)
         self.heads = OrientedHeads(self.maps, classes)
 
-    def forward(self, images: Images) -> list[dict[str, Tensor]]:
-        """Answers of each image: boxes (n, 5), scores (n,) and labels (n,), by falling score."""
+    def forward(self, images: Images, objects: list[Objects] | None = None) -> Any:
+        """Answers of each image: boxes (n, 5), scores (n,) and labels (n,), by falling score.
+
+        With the images' objects what it costs to learn them (`losses`).
+        """
+        if objects is not None:
+            return self.losses(images, objects)
         maps = self.maps(self.encoder.stages(images))
         proposals, _ = self.rpn(image_list(images), maps)
         return self.heads.answers(maps, proposals)

@@ -18,7 +18,8 @@ from ringmo.errors import BadInput
 from ringmo.evaluation import average_precision
 from ringmo.evaluation.average_precision import RIGHT, WRONG, Curves
 from ringmo.tasks.base import Evidence, Figures, Images, Objects, Sample, Task
-from ringmo.tasks.dense import TOGETHER, colour, window_starts
+from ringmo.tasks.dense import TOGETHER, window_starts
+from ringmo.tasks.dense import colour as colour_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +106,8 @@ class ObjectTask(Task):
 
     def loss(self, model: Any, sample: Sample, settings: "Finetune") -> Tensor:
         assert sample.objects is not None
-        losses = model.losses(sample.images, sample.objects)
+        # By `forward`, which is what joins the gradients of several processes.
+        losses = model(sample.images, sample.objects)
         return torch.stack(list(losses.values())).sum()
 
     def answer(self, model: Any, images: Images) -> Answer:
@@ -335,8 +337,9 @@ def drawn(
         (corners.cpu() * (times * image.shape[0] / size)).tolist(), number, crossed, strict=True
     ):
         a, b, c, d = (tuple(point) for point in shape)
+        colour = colour_of(int(label) + 1)
         # Light around, so that it is seen on ground of its own colour.
-        for ink, width in ((INK, 4), (colour(int(label) + 1), 2)):
+        for ink, width in ((INK, 4), (colour, 2)):
             pen.line([a, b, c, d, a], fill=ink, width=width)
             if cross:
                 pen.line([a, c], fill=ink, width=width)

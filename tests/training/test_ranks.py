@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import made_store
+import made_tasks
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,23 @@ def test_two_ranks_mix_and_erase_what_one_would(tmp_path: Path) -> None:
     assert (trained.meta["image_size"], trained.meta["resize"]) == (32, 40)
     trained.check_example()
     assert trained.example["example.image"].shape[-1] == 40
+
+
+def test_two_ranks_find_the_changes_that_one_would(tmp_path: Path) -> None:
+    """Both dates, mask and balanced weights; BatchNorm of the decoder over both ranks."""
+    made = {}
+    for name, devices in (("one", {}), ("two", {"hardware.devices": 2})):
+        workspace = init(tmp_path / name)
+        config.edit(workspace.params_file, {**TINY, "hardware.accelerator": "cpu", **devices})
+        settings = {"epochs": 3, "drop_path": 0.3, "class_weights": "balanced"}
+        made_tasks.selected(workspace, tmp_path / "in", "change", **settings)
+        done = run("finetune", "change", "--from-scratch", "--workspace", str(workspace.root))
+        assert done.returncode == 0, done.stderr
+        made[name] = workspace
+    for figure in ("train/loss", "val/f1", "val/accuracy"):
+        single, double = (losses(made[name], figure) for name in ("one", "two"))
+        assert len(single) >= 3
+        np.testing.assert_allclose(double, single, rtol=1e-3, atol=1e-6)
 
 
 def test_sigterm_saves_one_step_on_all_ranks_within_ten_seconds(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Several tasks on one encoder, as a user runs them: the real command, real servers."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import made_tasks
+import psutil
+import pytest
+from tiny import TINY
+
+from ringmo import config
+from ringmo.workspace import Workspace, init
+
+pytestmark = pytest.mark.slow
+TASKS = ("segmentation", "height")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(place: Workspace, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ringmo", *arguments, "--workspace", str(place.root)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A workspace with its own servers and imagery for two tasks."""
+    root = tmp_path_factory.mktemp("tasks")
+    made = init(root / "workspace")
+    changes = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
+    changes |= {f"finetune.{t}.{n}": v for t in TASKS for n, v in made_tasks.SHORT.items()}
+    sources = [str(made_tasks.write(root / task, task)) for task in TASKS]
+    # The two worlds are one: half of the second's tiles are the first's.
+    config.edit(made.params_file, TINY | changes | {"ingest.sources": sources})
+    yield made
+    subprocess.run(command(made, "down"), check=True, capture_output=True)
+
+
+def task_runs(place: Workspace) -> dict[str, dict[str, Any]]:
+    """The newest run of each step, as Prefect's server has it."""
+    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
+    request = urllib.request.Request(
+        f"{url}/api/task_runs/filter",
+        json.dumps({"sort": "EXPECTED_START_TIME_ASC"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return {one["name"]: one for one in json.load(answer)}
+
+
+def test_tasks_train_side_by_side_and_each_has_its_champion(place: Workspace) -> None:
+    done = subprocess.run(
+        command(place, "run", "--json", "--task", *TASKS, "--set", "run.side_by_side=2"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    answer = json.loads(done.stdout)
+    for task, metric, unit in (("segmentation", "miou", "%"), ("height", "mae", "m")):
+        made = answer["tasks"][task]
+        assert made["champion"] == made["model"] == f"{task}/1"
+        assert (made["metric"], made["unit"]) == (metric, unit)
+        assert made[f"test_{metric}_low"] <= made[f"test_{metric}"] <= made[f"test_{metric}_high"]
+
+    def span(name: str) -> tuple[datetime, datetime]:
+        run = task_runs(place)[name]
+        return datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"])
+
+    (begun, ended), (other_begun, other_ended) = (span(f"finetune@{task}") for task in TASKS)
+    assert begun < other_ended and other_begun < ended, "one waited for the other"
+
+    listed = subprocess.run(command(place, "models"), capture_output=True, text=True).stdout
+    assert "height/1" in listed and " m (" in listed and "segmentation/1" in listed
+
+    again = subprocess.run(
+        command(place, "run", "--json"), capture_output=True, text=True, timeout=600
+    )
+    assert json.loads(again.stdout)["outcome"] == "Unchanged"
+
+
+def test_an_interrupted_run_leaves_no_training_behind(place: Workspace) -> None:
+    """Ctrl-C while two train side by side: both save and end, and the next run goes on."""
+    longer = [f"finetune.{task}.epochs=4000" for task in TASKS]
+    process = subprocess.Popen(
+        command(place, "run", "--set", *longer), stderr=subprocess.PIPE, text=True
+    )
+    runs, limit = place.state / "runs", time.monotonic() + 240
+
+    def training() -> list[Path]:
+        return [
+            folder
+            for task in TASKS
+            for folder in runs.glob(f"finetune-{task}-*")
+            if "4000" in (folder / "params.json").read_text()
+            and len((folder / "figures.jsonl").read_text()) > 2000
+        ]
+
+    while len(training()) < 2:
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()[1]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    left = [
+        one
+        for one in psutil.process_iter()
+        if "finetune" in _line(one) and str(place.root) in _line(one)
+    ]
+    assert not left, left
+    for folder in training():
+        assert any((folder / "checkpoints").iterdir())
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
