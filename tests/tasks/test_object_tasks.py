@@ -1,11 +1,11 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REAL
 from scenes import TINY, scenes
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from ringmo.tasks.base import Objects, Sample, joined
 from ringmo.tasks.objects import TOLD, Found, ObjectTask
 from ringmo.training.augmentation import turned
 
+REAL = Path(__file__).parents[3] / "shared" / "data"
 NAMES = ("detection", "oriented")
 EACH = pytest.mark.parametrize("name", NAMES)
 SETTINGS = Finetune(
