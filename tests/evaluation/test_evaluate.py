@@ -12,7 +12,16 @@ from sklearn import metrics as reference
 from ringmo import config
 from ringmo.config import Config
 from ringmo.errors import BadInput
-from ringmo.evaluation.evaluate import _curve, _groups, evaluate, gsd_band, score
+from ringmo.evaluation import average_precision
+from ringmo.evaluation.average_precision import Found
+from ringmo.evaluation.evaluate import (
+    _curve,
+    _curves,
+    _groups,
+    evaluate,
+    gsd_band,
+    score,
+)
 from ringmo.registry import bundle
 from ringmo.stage import Report, run_stage
 from ringmo.tasks import find
@@ -245,3 +254,22 @@ def test_scenes_of_several_classes_are_evaluated_class_by_class(filled: Any) -> 
     assert predictions["predicted"].tolist() == by_hand
     assert (folder / "precision_recall.png").exists() and (folder / "reliability.png").exists()
     assert not (folder / "confusion.png").exists()
+
+
+def test_curves_of_objects_have_the_task_s_average_precision() -> None:
+    random = np.random.default_rng(0)
+    tiles = []
+    for _ in range(12):
+        truth = Found(random.integers(0, 2, 4), np.full(4, 900.0), difficult=random.random(4) < 0.2)
+        found = Found(random.integers(0, 2, 6), np.full(6, 900.0), random.random(6))
+        tiles.append((found, truth, np.where(random.random((6, 4)) < 0.5, 0.8, 0.0)))
+    evidence = average_precision.evidence(tiles, "voc")
+    curves = dict(_curves(evidence, ["tank", "ship"]))
+    rows = find("oriented").figures(evidence, ["tank", "ship"]).classes
+    assert {row["class"] for row in rows} == curves.keys() == {"tank", "ship"}
+    for row in rows:
+        assert 0.05 < curves[row["class"]].average == pytest.approx(row["ap50"], abs=1e-6)
+    hidden = average_precision.evidence(
+        [(Found(*[np.zeros(0, int)] * 3), tiles[0][1], np.zeros((0, 4)))], "voc"
+    )
+    assert all(not len(curve.recall) for curve in dict(_curves(hidden, ["tank", "ship"])).values())
