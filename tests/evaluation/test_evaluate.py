@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,8 @@ from sklearn import metrics as reference
 
 from ringmo import config
 from ringmo.config import Config
+from ringmo.data.ingest import ingest
+from ringmo.data.selection import select
 from ringmo.errors import BadInput
 from ringmo.evaluation import average_precision
 from ringmo.evaluation.average_precision import Found
@@ -273,3 +277,33 @@ def test_curves_of_objects_have_the_task_s_average_precision() -> None:
         [(Found(*[np.zeros(0, int)] * 3), tiles[0][1], np.zeros((0, 4)))], "voc"
     )
     assert all(not len(curve.recall) for curve in dict(_curves(hidden, ["tank", "ship"])).values())
+
+
+@pytest.mark.slow
+def test_real_scenes_are_told_apart_surely_better_than_without_looking(
+    workspace: Any, aid: Path, tmp_path: Path
+) -> None:
+    for name in ("Desert", "Forest", "Port", "Beach"):
+        (tmp_path / "aid" / name).mkdir(parents=True)
+        for path in sorted((aid / name).iterdir())[:40]:
+            shutil.copy(path, tmp_path / "aid" / name)
+    config.edit(
+        workspace.params_file,
+        {
+            **LONG_ENOUGH,
+            "ingest.sources": [str(tmp_path / "aid")],
+            "ingest.workers": 1,
+            "finetune.scene.base_lr": 0.05,
+        },
+    )
+    values = Config.load(workspace.params_file)
+    ingest(values, workspace)
+    run_stage(workspace, "select", lambda o: select(values, workspace, o))
+    figures = chain(workspace)["evaluate"].figures
+    assert figures["test_tiles"] >= 24
+    assert figures["test_accuracy_low"] > figures["trivial_accuracy"] + 0.1
+    # Deserts are yellow and forests green: whoever loses a band loses accuracy.
+    assert figures["drop_band_lost_low"] > 0
+    # Tiles seen from above, turned in training: turning them changes little.
+    for turn in ("mirrored", "turned_90", "turned_180", "turned_270"):
+        assert abs(figures[f"drop_{turn}"]) <= 0.15
