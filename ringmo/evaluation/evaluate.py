@@ -118,7 +118,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
 
 
 def score(
-    model: Bundle, workspace: Workspace, selection: Path, split: str = "test"
+    model: Bundle, workspace: Workspace, selection: Path, split: str = "test", flips: int = 1
 ) -> dict[str, Any]:
     """How a task's bundle does on a split of a selection: what the gate compares.
 
@@ -133,7 +133,7 @@ def score(
     tiles = model.tiles(workspace, selection, split)
     if not len(tiles):
         raise BadInput(f"{selection} has no labelled {split} tiles")
-    kind, evidence = answers_of(model), measured(model, tiles)
+    kind, evidence = answers_of(model), measured(model, tiles, flips=flips)
     return {**kind.figures(evidence, model.samples(tiles).classes).whole, "n": len(tiles)}
 
 
