@@ -309,6 +309,7 @@ def _pictures(
                 title = f"{len(rows)} mistakes, the surest first" if len(rows) else "no mistakes"
             _scenes(out / f"{name}.png", model, test, evidence, rows, title)
         else:
+            title = f"{title}: {kind.shows}"
             _answers(out / f"{name}.png", config, model, test, quality, rows, title)
 
     if "confusion" in evidence:

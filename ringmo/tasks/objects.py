@@ -63,6 +63,7 @@ class ObjectTask(Task):
 
     parts: ClassVar[tuple[str, ...]] = ("boxes",)
     metric = "map50"
+    shows = "truth (crossed out: missed), answer (crossed out: wrong)"
     columns: ClassVar[dict[str, str]] = {"boxes_hash": "string", "boxes_classes": "strings"}
     matching: ClassVar[Literal["coco", "voc"]]
 
