@@ -60,13 +60,13 @@ def hashes(files: list[str], count: int) -> tuple[NDArray[np.uint64], NDArray[np
 
 def search(spec: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the search; every planted pair and a sample by brute force must be found."""
-    from ringmo.data import places
+    from ringmo.data import lookalikes
 
     every, blank, planted = hashes(Path(spec["listed"]).read_text().splitlines(), spec["hashes"])
     textured = np.flatnonzero(~blank)
     before = peak_mb()
     started = time.perf_counter()
-    pairs = places.near_duplicates(every[textured], BITS, np.ones(len(textured), np.bool_))
+    pairs = lookalikes.near_duplicates(every[textured], BITS, np.ones(len(textured), np.bool_))
     # A generator, or an array (N, 2).
     found = np.asarray(pairs if isinstance(pairs, np.ndarray) else list(pairs), np.int64)
     seconds = time.perf_counter() - started

@@ -565,7 +565,9 @@ def _compare(arguments: Arguments) -> None:
     if changes := _changes(arguments):
         configuration.edit(workspace.params_file, changes)
     config = configuration.Config.load(workspace.params_file)
-    if arguments.data or not (workspace.work("select") / "scene.parquet").is_file():
+    compared = config.compare.tasks or config.tasks
+    selections = [workspace.work("select") / f"{task}.parquet" for task in compared]
+    if arguments.data or not all(path.is_file() for path in selections):
         from ringmo.data.selection import select
         from ringmo.data.validation import validate
         from ringmo.stage import run_stage

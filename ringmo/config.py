@@ -524,9 +524,14 @@ class Config(Section):
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
-        for task in (*(self.compare.tasks or []), *self.compare.labels):
+        for task in self.compare.tasks or []:
+            if task not in self.tasks:
+                raise ValueError(
+                    f"compare.tasks: `{task}` is not among tasks ({', '.join(self.tasks)})"
+                )
+        for task in self.compare.labels:
             if task not in self.finetune:
-                raise ValueError(f"compare: `{task}` has no section in finetune")
+                raise ValueError(f"compare.labels: `{task}` has no section in finetune")
         for task, settings in self.finetune.items():
             self._check_task(task, settings)
         method = self.pretrain.method

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo.data import places
+from ringmo.data.grouping import Index, join, stars
+from ringmo.data.lookalikes import look_alikes, perceptual
 from ringmo.data.partners import WINDOW, grids
 
 if TYPE_CHECKING:
     import pandas
 
-Index = NDArray[np.int64]
 Words = NDArray[np.object_]
 
 LEAST = 5  # tiles along a scene: train, gap, val, gap, test
@@ -242,7 +243,7 @@ def _kept_apart(
     first = len(known)
     fresh = np.arange(len(both)) >= first
     textured = both["std"].to_numpy(np.float64) >= blank_std
-    hashes = places.perceptual(both["phash"], textured)
+    hashes = perceptual(both["phash"], textured)
     where = [both[name].array for name in ("shard", "offset", "size")]
     pairs = [np.empty((0, 2), np.int64)]
     for sensor in decided["sensor"].unique():
@@ -253,10 +254,10 @@ def _kept_apart(
             return fetch(str(shard), int(offset), int(size))
 
         each = np.arange(len(rows))
-        alike = places.look_alikes(hashes[rows], near_bits, fresh[rows], each, look)
+        alike = look_alikes(hashes[rows], near_bits, fresh[rows], each, look)
         pairs.append(rows[alike])
     alone = np.arange(len(both))
-    alike, _ = places.join(alone, np.concatenate(pairs))
+    alike, _ = join(alone, np.concatenate(pairs))
     rank = np.array([places.STRONGEST.index(word) for word in both["split"]])
     taught = rank < len(TAUGHT)
     has = np.zeros((int(alike.max()) + 1, len(TAUGHT)), np.bool_)
@@ -267,8 +268,8 @@ def _kept_apart(
     may = np.where(old == 0, has.argmax(axis=1), may)
     out = fresh & taught & (may[alike] != rank)
     # What has seen the same ground goes with it.
-    same = places.stars(grids(both)), places.second_dates(both.iloc[:0], both)
-    cells, _ = places.join(alone, np.concatenate(same))
+    same = stars(grids(both)), places.second_dates(both.iloc[:0], both)
+    cells, _ = join(alone, np.concatenate(same))
     spoilt = np.zeros(int(cells.max()) + 1, np.bool_)
     spoilt[cells[out]] = True
     split: Words = both["split"].to_numpy(object)

@@ -75,7 +75,7 @@ def decode_mask(data: bytes) -> Pixels:
 
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
-            return np.asarray(opened.convert("L"))[:, :, None]
+            return np.array(opened.convert("L"))[:, :, None]
     except (OSError, SyntaxError, ValueError) as error:
         raise BadInput(f"damaged mask: {_short(error)}") from None
 

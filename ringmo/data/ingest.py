@@ -28,7 +28,17 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import About, Config, digest
-from ringmo.data import blocks, cluster, codings, decisions, facts, places, scan, store, tables
+from ringmo.data import (
+    blocks,
+    class_facts,
+    cluster,
+    codings,
+    decisions,
+    places,
+    scan,
+    store,
+    tables,
+)
 from ringmo.data.buckets import Bucket
 from ringmo.data.gather import Gathered, Gatherer, KnownTiles
 from ringmo.data.pipeline import in_order
@@ -511,7 +521,7 @@ def _write(
         "tiles": len(rows),
         "classes": tables.by_class({row["values"]: row["counts"] for row in labels}),
         "generated": bool(pc.any(rows["generated"]).as_py()),
-        **facts.summary_of(rows, classes),
+        **class_facts.summary_of(rows, classes),
     }
     history = {"schema": store.SCHEMA, "ingests": [*old.history, entry]}
     write_json(root / store.HISTORY, history)

@@ -16,6 +16,7 @@ from ringmo import console, tasks
 from ringmo.config import Config, Sensor
 from ringmo.data import store
 from ringmo.data.loading import BESIDE
+from ringmo.data.tables import classes_of
 from ringmo.errors import BadInput
 from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
@@ -112,9 +113,11 @@ def _of_task(
     for sensor in config.select.beside:
         from ringmo.data.partners import partners
 
-        # Of all tiles: the other sensor's may be blank, or its own split's.
         keys = partners(tiles, config.select.sensor, sensor).reindex(chosen.index)
-        chosen = chosen.assign(**{BESIDE + sensor: keys})[keys.notna()]
+        # Ground that another sensor's tile has seen in training tests nothing.
+        split = keys.map(tiles.set_index("key")["split"])
+        fits = keys.notna() & ((split == chosen["split"]) | (split == "unused"))
+        chosen = chosen.assign(**{BESIDE + sensor: keys})[fits]
     if "label" in kind.columns:
         seed = config.split.seed
         chosen = fewer_labels(chosen, config.select.labels_per_class, seed)
@@ -230,10 +233,12 @@ def _a_sensor(
 
 def fewer_labels(labelled: "pandas.DataFrame", limit: int | None, seed: int) -> "pandas.DataFrame":
     """At most `limit` training samples a class (None: all): the first by a seeded hash, so that
-    fewer are always among more."""
+    fewer are always among more. A tile of several classes stays for any of them."""
     if limit is None:
         return labelled
     train = labelled[labelled["split"] == "train"]
+    each = train["label"].map(classes_of).explode()
     order = train["key"].map(lambda key: hashlib.sha256(f"{seed}:{key}".encode()).hexdigest())
-    rank = order.groupby(train["label"]).rank(method="first")
-    return labelled.drop(index=train.index[rank > limit])
+    rank = order.reindex(each.index).groupby(each.to_numpy()).rank(method="first")
+    least = rank.groupby(level=0).min()
+    return labelled.drop(index=least.index[least > limit])

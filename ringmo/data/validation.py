@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ringmo import console
 from ringmo.config import Config
-from ringmo.data import data_docs, facts, store
-from ringmo.data.facts import summary_of
+from ringmo.data import class_facts, data_docs, facts, store
+from ringmo.data.class_facts import summary_of
 from ringmo.errors import AnswerIsNo, BadInput
 from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
@@ -301,8 +301,8 @@ def judge(
         summary = summary_of(tiles, known)
         tables: dict[str, Any] = {
             "tiles": columns,
-            "classes": facts.of_classes(config, tiles, summary, earlier, known),
-            "bands": facts.of_bands(config, summary, earlier[-1] if earlier else {}),
+            "classes": class_facts.of_classes(config, tiles, summary, earlier, known),
+            "bands": class_facts.of_bands(config, summary, earlier[-1] if earlier else {}),
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(
@@ -366,7 +366,7 @@ def _alike(
     tiles: "pyarrow.Table", stored: store.TileStore | None
 ) -> Callable[[int, int], bool] | None:
     """Whether two rows look alike, by their stored bytes."""
-    from ringmo.data.places import look_alike
+    from ringmo.data.lookalikes import look_alike
 
     if stored is None:
         return None
@@ -439,11 +439,13 @@ def _cards(
             entry = tables[rule.table].iloc[int(row)]
             value = _shown(rule.column, entry[rule.column])
             if rule.table == "classes":
-                behind = facts.rows_of_class(config, tiles, entry["kind"], entry["class"], known)
+                behind = class_facts.rows_of_class(
+                    config, tiles, entry["kind"], entry["class"], known
+                )
                 masks = masks or entry["kind"] == "masks"
             else:
                 value += f": {entry['mean_before']:.4g} before, {entry['mean']:.4g} now"
-                behind = facts.rows_far_off(
+                behind = class_facts.rows_far_off(
                     tiles, entry["sensor"], entry["band"], entry["mean_before"]
                 )
             behind = behind[:each]

@@ -258,7 +258,7 @@ class Curves:
         best, score = np.full(classes, np.nan), np.full(classes, np.nan)
         own = ranked._curve < classes  # of all sizes, the lowest threshold
         wanted = self.wanted[0, 0]
-        f1 = 2 * self.right[own] / (wanted[ranked._curve[own]] + self.answers[own])
+        f1 = 2 * self.right[own] / np.maximum(wanted[ranked._curve[own]] + self.answers[own], 1e-9)
         for number in np.flatnonzero(wanted > 0):
             mine = np.flatnonzero(ranked._curve[own] == number)
             if len(mine):

@@ -342,9 +342,8 @@ class _Comparison:
 
     def __init__(self, config: Config, workspace: Workspace) -> None:
         self.config, self.workspace = config, workspace
-        self.tasks = [
-            _Task(config, workspace, name) for name in config.compare.tasks or config.tasks
-        ]
+        self.left_out: list[str] = []
+        self.tasks = [_Task(config, workspace, name) for name in self._task_names()]
         self.sensor, self.sensors = config.select.sensor, resolved(config, workspace)
         self.device = choose_device(config.hardware)
         self.kept = workspace.state / "compare"
@@ -361,7 +360,6 @@ class _Comparison:
         seen = len(SelectedTiles(workspace, unlabelled, "train"))
         batch = config.pretrain.batch_size
         self.pretrain_images = seen // batch * batch * config.pretrain.epochs
-        self.left_out: list[str] = []
         self.starts = [
             start for name in config.compare.initialisations if (start := self._start(name))
         ]
@@ -389,6 +387,21 @@ class _Comparison:
         self.folder = workspace.run_dir("compare", whole)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "params.json", configuration.flatten(params))
+
+    def _task_names(self) -> list[str]:
+        """The tasks asked for; where none are, those of the workspace that have labels."""
+        if self.config.compare.tasks is not None:
+            return self.config.compare.tasks
+        selections = {
+            name: SelectedTiles(self.workspace, self.workspace.work("select") / f"{name}.parquet")
+            for name in self.config.tasks
+        }
+        labelled = [name for name, tiles in selections.items() if len(tiles)]
+        if not labelled:
+            return self.config.tasks[:1]  # which says what is missing
+        without = [name for name in self.config.tasks if name not in labelled]
+        self.left_out += [f"{name} is left out: no tile has labels of it." for name in without]
+        return labelled
 
     def _start(self, name: str) -> Start | None:
         """Where an initialisation begins; None where it cannot be had."""

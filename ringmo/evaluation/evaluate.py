@@ -111,14 +111,14 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
         [(_said_of(one.change), shown(one.drop, figures["unit"])) for one in changed],
         f"{task}: how much worse with changed images, {min(TILES, len(test))} test tiles, "
         f"95 % intervals",
-        f"drop of {kind.metric}, {'m' if figures['unit'] == 'm' else 'points'}",
+        f"worse by, {'m' if figures['unit'] == 'm' else 'points'} of {kind.metric}",
     )
     report.notes = _said(kind, figures)
     return report
 
 
 def score(
-    model: Bundle, workspace: Workspace, selection: Path, split: str = "test"
+    model: Bundle, workspace: Workspace, selection: Path, split: str = "test", flips: int = 1
 ) -> dict[str, Any]:
     """How a task's bundle does on a split of a selection: what the gate compares.
 
@@ -133,7 +133,7 @@ def score(
     tiles = model.tiles(workspace, selection, split)
     if not len(tiles):
         raise BadInput(f"{selection} has no labelled {split} tiles")
-    kind, evidence = answers_of(model), measured(model, tiles)
+    kind, evidence = answers_of(model), measured(model, tiles, flips=flips)
     return {**kind.figures(evidence, model.samples(tiles).classes).whole, "n": len(tiles)}
 
 
@@ -204,7 +204,7 @@ def _order(name: str) -> tuple[float, str]:
 
 def number(value: float) -> float | None:
     """A figure as it is written down; None where there is nothing to measure."""
-    return None if np.isnan(value) else round(float(value), 4)
+    return None if np.isnan(value) else round(float(value), 4) + 0.0  # no -0.0
 
 
 def rounded(name: str, interval: Interval) -> dict[str, float | None]:
@@ -309,6 +309,7 @@ def _pictures(
                 title = f"{len(rows)} mistakes, the surest first" if len(rows) else "no mistakes"
             _scenes(out / f"{name}.png", model, test, evidence, rows, title)
         else:
+            title = f"{title}: {kind.shows}"
             _answers(out / f"{name}.png", config, model, test, quality, rows, title)
 
     if "confusion" in evidence:
@@ -398,17 +399,23 @@ def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, C
             answers = counted & ~np.isnan(score)
             there = int((counted & np.isnan(score)).sum())
             if there:
-                yield classes[i], _curve(score[answers], outcome[answers] == RIGHT, there)
+                yield classes[i], _curve(score[answers], outcome[answers] == RIGHT, there, True)
 
 
-def _curve(scores: NDArray[Any], right: NDArray[Any], there: int) -> Curve:
-    """Precision over recall of answers (n,), right or not, of which `there` could be found."""
+def _curve(scores: NDArray[Any], right: NDArray[Any], there: int, falling: bool = False) -> Curve:
+    """Precision over recall of answers (n,), right or not, of which `there` could be found.
+
+    Args:
+        falling: precision is the best at this recall or beyond, as is usual for objects.
+    """
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(right[order].astype(np.float64))
     precision = hits / np.arange(1, len(hits) + 1)
     # Of equally sure answers none comes first: the curve has a point where the score changes.
     last = np.flatnonzero(np.diff(scores[order].astype(np.float64), append=-np.inf))
     recall, precision = hits[last] / there, precision[last]
+    if falling:
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
     steps = np.diff(recall, prepend=0.0)
     return Curve(recall, precision, float((steps * precision).sum()))
 

@@ -123,7 +123,7 @@ def text(result: dict[str, Any]) -> str:
     """The tiles as a table for people, and where the page is."""
     rows = [
         (
-            f"{one['score']:.3f}",
+            f"{one['score']:.4f}",
             one["label"] or "",
             one["source"],
             f"{one['row']}, {one['col']}",
@@ -348,7 +348,7 @@ def _write(
 ) -> None:
     figures = []
     for one, picture in zip(found, pictures, strict=True):
-        lines = [f"<span class=score>{one['score']:.3f}</span> {escape(one['label'] or '')}"]
+        lines = [f"<span class=score>{one['score']:.4f}</span> {escape(one['label'] or '')}"]
         source = escape(one["source"])
         if Path(one["source"]).is_absolute():
             source = f"<a href='{escape(Path(one['source']).as_uri())}'>{source}</a>"

@@ -35,7 +35,7 @@ MOST = 500  # answers an image; tiles of parked cars and ships have hundreds
 LEAST = 1.0  # pixels of a side that an object must have to be learnt
 ANCHORS = 256, 0.5  # of an image that are learnt from, and how many of them at most are objects
 PROPOSALS = 512, 0.25  # the same of proposals
-BEFORE, AFTER = {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}
+BEFORE, AFTER = 2000, 1000  # proposals of a map, and of an image once doubles are gone
 
 
 class Maps(nn.Module):
@@ -43,8 +43,8 @@ class Maps(nn.Module):
 
     Maps of twice the last one's stride follow until ANCHOR strides span the image.
 
-    channels: of each map. strides: in pixels. proposals: of an image that are learnt from: a small
-    one has room for fewer.
+    channels: of each map. strides: in pixels. drawn: proposals of an image that are learnt from;
+    proposals: of an image that there are. A small image has room for fewer.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -54,7 +54,8 @@ class Maps(nn.Module):
         self.channels = min(256, max(64, encoder.num_features // 2))
         norm = partial(nn.GroupNorm, 16)
         self.fpn = FeaturePyramidNetwork(self.pyramid.channels, self.channels, norm_layer=norm)
-        self.proposals = min(PROPOSALS[0], max(64, encoder.image_size))
+        self.drawn = min(PROPOSALS[0], max(64, encoder.image_size))
+        self.proposals = min(AFTER, 4 * self.drawn)
         self.strides = list(self.pyramid.strides)
         while ANCHOR * self.strides[-1] < encoder.image_size:
             self.strides.append(2 * self.strides[-1])
@@ -88,7 +89,10 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]
         anchors = maps.anchors()
         if head is None:
             head = RPNHead(maps.channels, anchors.num_anchors_per_location()[0])
-        super().__init__(anchors, head, 0.7, 0.3, *ANCHORS, BEFORE, AFTER, overlap)
+        before, after = (
+            {"training": count, "testing": count} for count in (BEFORE, maps.proposals)
+        )
+        super().__init__(anchors, head, 0.7, 0.3, *ANCHORS, before, after, overlap)
 
     def compute_loss(
         self,
@@ -125,7 +129,7 @@ class Heads(RoIHeads):  # type: ignore[misc]
             FastRCNNPredictor(hidden, classes + 1),
             0.5,
             0.5,
-            maps.proposals,
+            maps.drawn,
             PROPOSALS[1],
             None,
             SCORE_FLOOR,

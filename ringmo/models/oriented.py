@@ -38,7 +38,7 @@ from ringmo.models.detector import (
 from ringmo.tasks.base import Images, Objects
 
 LARGEST = math.log(1000 / 16)  # how much a side may be scaled, as a logarithm
-SAME_CORNER = 0.1  # pixels by which the top corner's height may differ from another's
+UPRIGHT = 0.1  # pixels by which a box's longer side may lean and still count as upright
 # By which what is learnt is divided, so that all of it is of about one size.
 MIDPOINTS, CORRECTIONS = (1.0, 1.0, 1.0, 1.0, 0.5, 0.5), (0.1, 0.1, 0.2, 0.2, 0.1)
 OVERLAP = 0.1  # of answers of one class; boxes at an angle fit their objects closely
@@ -50,15 +50,16 @@ def midpoint_offsets(boxes: Tensor, anchors: Tensor) -> Tensor:
     corners, spans = rotated.to_corners(boxes), rotated.to_spans(boxes)
     middle, sides = _middles(spans)
     own, lengths = _middles(anchors)
-    x, y = corners.unbind(-1)
-    # Of an upright box, whose top is a side: its right end; and of the right side the lower end.
-    at_top, at_right = (
-        (y - spans[:, 1:2]).abs() <= SAME_CORNER,
-        (x - spans[:, 2:3]).abs() <= SAME_CORNER,
-    )
-    top = torch.where(at_top, x, -math.inf).amax(1) - middle[:, 0]
-    right = torch.where(at_right, y, -math.inf).amax(1) - middle[:, 1]
-    offsets = torch.stack((top, right), 1) / sides.clamp_min(1e-6)
+    first = corners[..., 1].argmin(1)
+    each = torch.arange(len(boxes), device=boxes.device)
+    # Clockwise, the right corner follows the top one.
+    top, right = corners[each, first], corners[each, (first + 1) % 4]
+    offsets = torch.stack((top[:, 0], right[:, 1]), 1) - middle
+    offsets = offsets / sides.clamp_min(1e-6)
+    # Of an upright box, rounding would choose the top corner: it is the right one always.
+    tilt = torch.minimum(boxes[:, 4].sin().abs(), boxes[:, 4].cos().abs())
+    upright = boxes[:, 2:4].amax(1) * tilt <= UPRIGHT
+    offsets = torch.where(upright[:, None], 0.5, offsets)
     values = torch.cat(
         ((middle - own) / lengths, (sides.clamp_min(1e-6) / lengths).log(), offsets), 1
     )
@@ -208,7 +209,7 @@ class OrientedHeads(nn.Module):
         self.cls_score = nn.Linear(hidden, classes + 1)
         self.bbox_pred = nn.Linear(hidden, 5)
         self.matcher = Matcher(0.5, 0.5, allow_low_quality_matches=False)
-        self.sampler = BalancedPositiveNegativeSampler(maps.proposals, PROPOSALS[1])
+        self.sampler = BalancedPositiveNegativeSampler(maps.drawn, PROPOSALS[1])
 
     def said(self, maps: dict[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (boxes of all images, classes + 1), the first no object, and (…, 5)."""
@@ -243,6 +244,8 @@ class OrientedHeads(nn.Module):
         found = []
         for boxes, scores in zip(every, likely, strict=True):
             row, label = (scores > SCORE_FLOOR).nonzero().unbind(1)
+            best = scores[row, label].argsort(descending=True, stable=True)[: 4 * MOST]
+            row, label = row[best], label[best]
             boxes, scores = boxes[row], scores[row, label]
             kept = rotated.nms(boxes, scores, OVERLAP, label)[:MOST]
             found.append({"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]})

@@ -82,7 +82,8 @@ def _judge(
 
     rule, kind = config.gate[task], tasks.find(task)
     metric = rule.metric or kind.metric
-    candidate_score = _score(workspace, task, open_bundle(tracker, version), metric)
+    flips = config.evaluate.flips
+    candidate_score = _score(workspace, task, open_bundle(tracker, version), metric, flips)
     value = candidate_score[metric]
     figures: dict[str, Any] = {"candidate_" + metric: value, "gate_tiles": candidate_score["n"]}
     unit = kind.unit(metric)
@@ -99,7 +100,7 @@ def _judge(
         why = f"the champion {champion} was trained on generated imagery, {version} on real imagery"
         return Verdict(True, [f"{why}: no comparison, {scored}"], figures)
     try:
-        champion_score = _score(workspace, task, open_bundle(tracker, champion), metric)
+        champion_score = _score(workspace, task, open_bundle(tracker, champion), metric, flips)
     except BadInput as error:
         how = f"to promote all the same: ringmo promote {version} --force"
         why = f"the champion {champion} cannot be used, so there is nothing to compare with"
@@ -138,15 +139,17 @@ def _judge_encoder(
     return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])
 
 
-def _score(workspace: Workspace, task: str, model: "Bundle", metric: str) -> dict[str, Any]:
-    """Scores on the present test tiles, kept by model and selection: neither changes."""
+def _score(
+    workspace: Workspace, task: str, model: "Bundle", metric: str, flips: int
+) -> dict[str, Any]:
+    """Scores on the present test tiles, kept by model, selection and turns: none changes."""
     from hashlib import sha256
 
     selection = workspace.work("select") / f"{task}.parquet"
     if not selection.is_file():
         raise BadInput(f"{selection} is missing: run `ringmo select` first")
     tiles = sha256(selection.read_bytes()).hexdigest()
-    kept = workspace.state / "scores" / f"{model.hash[:24]}-{tiles[:24]}.json"
+    kept = workspace.state / "scores" / f"{model.hash[:24]}-{tiles[:24]}-{flips}.json"
     try:
         found: dict[str, Any] = json.loads(kept.read_text())
         if metric in found and "n" in found:
@@ -155,7 +158,7 @@ def _score(workspace: Workspace, task: str, model: "Bundle", metric: str) -> dic
         pass
     from ringmo.evaluation.evaluate import score
 
-    scores = score(model, workspace, selection, split="test")
+    scores = score(model, workspace, selection, split="test", flips=flips)
     if not scores["n"]:
         raise BadInput(f"{selection} has no test tiles: the gate has nothing to judge by")
     numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}

@@ -102,7 +102,8 @@ class Task(ABC):
     name: as in params.yaml. parts: what of a tile's labels it reads: mask, height, second, boxes
     or label. padded: tiles that are not square are padded to squares; else their middle is cut.
     metric: the figure that chooses the best epoch, compares models and feeds the gate. lower: the
-    figures of which less is better. columns: of its selection, beside key, content_hash and split.
+    figures of which less is better; metres: those in metres, not shares. shows: what the pictures
+    of `shown` are, from the left. columns: of its selection, beside key, content_hash and split.
     """
 
     name: ClassVar[str]
@@ -111,6 +112,7 @@ class Task(ABC):
     metric: ClassVar[str]
     lower: ClassVar[frozenset[str]] = frozenset()
     metres: ClassVar[frozenset[str]] = frozenset()
+    shows: ClassVar[str] = "image, truth, answer"
     columns: ClassVar[dict[str, str]]
 
     @abstractmethod

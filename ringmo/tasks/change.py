@@ -30,6 +30,7 @@ class Change(MaskTask):
     name = "change"
     parts = ("mask", "second")
     metric = "f1"
+    shows = "before, after, truth, answer, and of it right (green), false (orange), missed (blue)"
     columns: ClassVar[dict[str, str]] = {**MaskTask.columns, "second": "string"}
 
     def usable(self, tiles: "pd.DataFrame") -> "pd.Series[bool]":

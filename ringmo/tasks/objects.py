@@ -18,8 +18,7 @@ from ringmo.errors import BadInput
 from ringmo.evaluation import average_precision
 from ringmo.evaluation.average_precision import RIGHT, WRONG, Curves
 from ringmo.tasks.base import Evidence, Figures, Images, Objects, Sample, Task
-from ringmo.tasks.dense import TOGETHER, window_starts
-from ringmo.tasks.dense import colour as colour_of
+from ringmo.tasks.dense import TOGETHER, colour, window_starts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +63,7 @@ class ObjectTask(Task):
 
     parts: ClassVar[tuple[str, ...]] = ("boxes",)
     metric = "map50"
+    shows = "truth (crossed out: missed), answer (crossed out: wrong)"
     columns: ClassVar[dict[str, str]] = {"boxes_hash": "string", "boxes_classes": "strings"}
     matching: ClassVar[Literal["coco", "voc"]]
 
@@ -337,9 +337,8 @@ def drawn(
         (corners.cpu() * (times * image.shape[0] / size)).tolist(), number, crossed, strict=True
     ):
         a, b, c, d = (tuple(point) for point in shape)
-        colour = colour_of(int(label) + 1)
         # Light around, so that it is seen on ground of its own colour.
-        for ink, width in ((INK, 4), (colour, 2)):
+        for ink, width in ((INK, 4), (colour(int(label) + 1), 2)):
             pen.line([a, b, c, d, a], fill=ink, width=width)
             if cross:
                 pen.line([a, c], fill=ink, width=width)

@@ -17,6 +17,7 @@ from ringmo.data.loading import (
     Batch,
     SelectedTiles,
 )
+from ringmo.data.tables import classes_of
 from ringmo.models.normal import Normal
 from ringmo.tasks.base import UNKNOWN, Images, Objects, Sample, Task
 from ringmo.training.augmentation import cut, cut_corners, cut_truth
@@ -69,7 +70,7 @@ class Samples:
         return set()
 
     def _split(self, label: str) -> list[str]:
-        return label.split(";") if self.multi_label else [label]
+        return classes_of(label) if self.multi_label else [label]
 
     def _all_labels(self) -> Tensor:
         """(tiles, classes) of 0 and 1, with the classes that the model cannot know."""

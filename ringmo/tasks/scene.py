@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ringmo.data.tables import classes_of
 from ringmo.errors import BadInput
 from ringmo.evaluation import metrics
 from ringmo.models.classifier import Classifier
@@ -40,7 +41,11 @@ class Scene(Task):
     def classes(self, train: "SelectedTiles", settings: "Finetune") -> list[str]:
         labels = {str(label) for label in train.table["label"]}
         if settings.multi_label:
-            labels = {name for label in labels for name in label.split(";")}
+            labels = {name for label in labels for name in classes_of(label)}
+        elif several := sorted(label for label in labels if ";" in label):
+            raise BadInput(
+                f"tiles have several classes (`{several[0]}`): set finetune.scene.multi_label=true"
+            )
         if len(labels) < 2:
             raise BadInput(
                 f"{len(train)} labelled tiles to train on, of {len(labels)} classes: put images "
@@ -115,17 +120,21 @@ class Scene(Task):
         truth, scores = evidence["truth"], evidence["scores"]
         count = max(len(classes), truth.shape[1])
         weight = np.ones(len(truth)) if weights is None else weights.astype(np.float64)
-        true = np.zeros((len(truth), count))
-        true[:, : truth.shape[1]] = truth
-        said = np.zeros_like(true)
-        if "predicted" in evidence:
-            said[np.arange(len(said)), evidence["predicted"]] = 1
+        if "predicted" in evidence:  # without tables of classes: a bootstrap asks a thousand times
+            said, right = evidence["predicted"], evidence["right"]
+            hit, real, claimed = (
+                np.bincount(of, weight * counted, count).astype(np.float64)
+                for of, counted in ((said, right), (truth.argmax(1), 1), (said, 1))
+            )
+            shared = right.astype(np.float64)
         else:
-            said[:, : scores.shape[1]] = scores >= 0.5
-        both = true * said
-        either = np.maximum(true, said).sum(1)
-        shared = np.divide(both.sum(1), either, out=np.ones(len(true)), where=either > 0)
-        hit, real, claimed = weight @ both, weight @ true, weight @ said
+            true, answers = np.zeros((len(truth), count)), np.zeros((len(truth), count))
+            true[:, : truth.shape[1]] = truth
+            answers[:, : scores.shape[1]] = scores >= 0.5
+            both = true * answers
+            either = np.maximum(true, answers).sum(1)
+            shared = np.divide(both.sum(1), either, out=np.ones(len(true)), where=either > 0)
+            hit, real, claimed = weight @ both, weight @ true, weight @ answers
         f1 = 2 * hit / np.maximum(real + claimed, 1)
         there = real > 0
         whole = {
@@ -156,7 +165,7 @@ class Scene(Task):
     def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Tensor:
         labels = [str(label) for label in train.table["label"]]
         if any(label not in classes for label in labels):  # of several classes
-            shares = [np.mean([name in label.split(";") for label in labels]) for name in classes]
+            shares = [np.mean([name in classes_of(label) for label in labels]) for name in classes]
             said = torch.tensor(shares, dtype=torch.float32)
         else:
             commonest = max(classes, key=labels.count)
@@ -189,7 +198,7 @@ def _counted(train: "SelectedTiles", name: str, settings: "Finetune") -> int:
     labels = train.table["label"].astype(str)
     if not settings.multi_label:
         return int((labels == name).sum())
-    return sum(name in label.split(";") for label in labels)
+    return sum(name in classes_of(label) for label in labels)
 
 
 TASK = Scene()

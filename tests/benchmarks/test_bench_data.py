@@ -62,20 +62,20 @@ def test_flipped_bits_are_as_many_as_asked_for() -> None:
 def test_a_search_that_misses_a_pair_is_no_measurement(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ringmo.data import places
+    from ringmo.data import lookalikes
 
     listed = tmp_path / "files.txt"
     listed.write_text("\n".join(map(str, source.files[:10])))
     spec = {"listed": str(listed), "hashes": 2000}
     found = duplicates.search(spec)
     assert found["checked"] >= 90 and found["pairs"] >= found["checked"]
-    true = places.near_duplicates
+    true = lookalikes.near_duplicates
 
     def all_but_one(*given: Any) -> Any:
         pairs = np.unique(np.array(list(true(*given))), axis=0)  # each from one band or more
         return pairs[1:]
 
-    monkeypatch.setattr(places, "near_duplicates", all_but_one)
+    monkeypatch.setattr(lookalikes, "near_duplicates", all_but_one)
     with pytest.raises(SystemExit, match="missed"):
         duplicates.search(spec)
 

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from small_imagery import class_folders, encoded, geotiff, pixels, sensed, write_bands
 
 from ringmo.config import Config
-from ringmo.data import places
+from ringmo.data import footprints, lookalikes, places
 from ringmo.data.measures import measure
 from ringmo.workspace import template
 
@@ -50,7 +50,7 @@ def assign(known: list[Any], rows: list[Any], fetch: Any = None, bits: int = 3) 
 
 def overlaps(rows: list[Any], new: Any = None) -> set[tuple[int, int]]:
     fresh = np.ones(len(rows), bool) if new is None else new
-    pairs = [(i, j) for i, j in places.overlaps(pd.DataFrame(rows), fresh).tolist()]
+    pairs = [(i, j) for i, j in footprints.overlaps(pd.DataFrame(rows), fresh).tolist()]
     assert len(set(pairs)) == len(pairs)
     return set(pairs)
 
@@ -147,19 +147,19 @@ def test_near_hashes_are_all_found():
         if apart[i, j] <= 3 and (new[i] or new[j])
     }  # fmt: skip
     assert len(wanted) > 50
-    assert {tuple(pair) for pair in places.near_duplicates(hashes, 3, new)} == wanted
+    assert {tuple(pair) for pair in lookalikes.near_duplicates(hashes, 3, new)} == wanted
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_crowded_hashes_are_compared_no_less(bits, monkeypatch):
     """Thousands of hashes that differ in a few of their bits only, as of smooth shading."""
-    monkeypatch.setattr(places, "CROWD", 256)
+    monkeypatch.setattr(lookalikes, "CROWD", 256)
     rng = np.random.default_rng(bits)
     hashes = rng.integers(0, 2**22, 3000, dtype=np.uint64) << np.uint64(20)
     new = rng.random(3000) < 0.3
     apart = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
     wanted = np.argwhere((apart <= bits) & (new[:, None] | new[None, :]))
-    found = places.near_duplicates(hashes, bits, new)
+    found = lookalikes.near_duplicates(hashes, bits, new)
     assert {tuple(pair) for pair in found} <= {tuple(pair) for pair in wanted}
     assert (found[:, 0] < found[:, 1]).all()
     assert len(np.unique(found, axis=0)) == len(found) > 0
@@ -169,15 +169,15 @@ def test_crowded_hashes_are_compared_no_less(bits, monkeypatch):
 def test_identical_hashes_are_linked_and_not_squared():
     hashes = np.full(100_000, 7, np.uint64)
     new = np.ones(len(hashes), bool)
-    assert len(places.near_duplicates(hashes, 3, new)) == len(hashes) - 1
+    assert len(lookalikes.near_duplicates(hashes, 3, new)) == len(hashes) - 1
     new[:-1] = False  # known ones are joined by what is new only
-    found = places.near_duplicates(hashes, 3, new)
+    found = lookalikes.near_duplicates(hashes, 3, new)
     assert len(found) == len(hashes) - 1
     assert (found[:, 1] == len(hashes) - 1).all()
     hashes[-1] = 5  # a bit from all of them
-    assert len(places.near_duplicates(hashes, 3, new)) == len(hashes) - 1
+    assert len(lookalikes.near_duplicates(hashes, 3, new)) == len(hashes) - 1
     new[-1] = False
-    assert not len(places.near_duplicates(hashes, 3, new))
+    assert not len(lookalikes.near_duplicates(hashes, 3, new))
 
 
 def components(n: int, pairs: Any) -> list[int]:
@@ -257,8 +257,8 @@ def test_footprints_meet_as_they_do_two_at_a_time(seed, monkeypatch):
     assert len(found) > 20
     assert components(len(rows), list(found)) == components(len(rows), list(wanted))
     # Known footprints out of reach are passed over when there are many.
-    monkeypatch.setattr(places, "FEW", 0)
-    monkeypatch.setattr(places, "RASTER", 64)
+    monkeypatch.setattr(footprints, "FEW", 0)
+    monkeypatch.setattr(footprints, "RASTER", 64)
     assert overlaps(rows, new) == found
 
 
@@ -269,13 +269,13 @@ def test_what_is_out_of_reach_is_hardly_ever_transformed():
     codes = np.repeat([0, 1], 40_000)
     new = np.zeros(80_000, bool)
     new[10_050:10_070] = True
-    reach = places._within_reach(native, codes, ["EPSG:32631", "EPSG:32632"], new)
+    reach = footprints._within_reach(native, codes, ["EPSG:32631", "EPSG:32632"], new)
     assert 60 < reach.sum() < 1000
 
 
 def test_many_dates_of_one_footprint_are_linked_and_not_squared():
     rows = pd.DataFrame([row("a", box=(0.0, 0, 10, 10))] * 5000)
-    assert len(places.overlaps(rows, np.ones(5000, bool))) == 4999
+    assert len(footprints.overlaps(rows, np.ones(5000, bool))) == 4999
 
 
 def drawn(ground: int, copy: int) -> bytes:
@@ -312,7 +312,7 @@ def one_by_one(known: list[Any], rows: list[Any], bits: int) -> tuple[list[Any],
         a, b = every[i], every[j]
         apart = (int(a["phash"], 16) ^ int(b["phash"], 16)).bit_count()
         seen = min(a["std"], b["std"]) >= 2 and a["sensor"] == b["sensor"]
-        if seen and apart <= bits and places.look_alike(drawn(*a["tile"]), drawn(*b["tile"])):
+        if seen and apart <= bits and lookalikes.look_alike(drawn(*a["tile"]), drawn(*b["tile"])):
             counts["near_duplicates"] += join(i, j)
 
     answer: dict[str, tuple[str, str]] = {}
@@ -413,9 +413,9 @@ def test_recompressed_copy_is_found_and_another_scene_is_not(aid):
         copy = np.asarray(Image.open(io.BytesIO(encoded(original, "JPEG"))))
         apart = int(measure(original).phash, 16) ^ int(measure(copy).phash, 16)
         hits += apart.bit_count() <= 3
-        assert places.look_alike(encoded(original), encoded(copy))
+        assert lookalikes.look_alike(encoded(original), encoded(copy))
     assert hits >= 0.9 * len(files)
-    assert not places.look_alike(files[0].read_bytes(), files[1].read_bytes())
+    assert not lookalikes.look_alike(files[0].read_bytes(), files[1].read_bytes())
 
 
 def test_near_duplicate_joins_the_place_and_split_of_its_twin(run, manifest, tmp_path):
@@ -514,8 +514,8 @@ def test_recognised_again_in_pixels_of_more_than_8_bits(tmp_path):
     hashes = [int(measure(decode(data), None, sensor).phash, 16) for data in (one, two, other)]
     assert (hashes[0] ^ hashes[1]).bit_count() <= 3
     assert (hashes[0] ^ hashes[2]).bit_count() > 12
-    assert places.look_alike(one, two)
-    assert not places.look_alike(one, other)
+    assert lookalikes.look_alike(one, two)
+    assert not lookalikes.look_alike(one, other)
 
 
 def test_measures_of_8_bit_pixels_are_what_they_always_were():

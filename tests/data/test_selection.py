@@ -252,3 +252,17 @@ def test_a_band_that_is_the_same_everywhere_does_not_divide_by_zero(
     choose(select__sensor="s1", pretrain__mix={"s1": 1.0})
     found = normalisation(workspace)["s1"]
     assert (found["mean"][1], found["std"][1]) == (-2, 1)
+
+
+def test_a_tile_of_several_classes_stays_for_any_of_them():
+    import pandas as pd
+
+    from ringmo.data.selection import fewer_labels
+
+    labels = ["ship", "ship;tank", "tank", "ship", "tank;tree", "ship"]
+    tiles = pd.DataFrame({"key": list("abcdef"), "split": "train", "label": labels})
+    few = fewer_labels(tiles, 1, 0)
+    known = {name for label in few["label"] for name in label.split(";")}
+    assert known == {"ship", "tank", "tree"} and "tank;tree" in set(few["label"])
+    assert len(few) <= 3
+    assert set(few["key"]) <= set(fewer_labels(tiles, 2, 0)["key"])

@@ -10,7 +10,7 @@ import pytest
 from small_imagery import class_folders, write
 
 from ringmo.config import Config
-from ringmo.data import facts, places, tables
+from ringmo.data import class_facts, facts, places, tables
 from ringmo.data.sources import list_images
 from ringmo.data.validation import validate
 from ringmo.errors import AnswerIsNo, BadInput
@@ -174,12 +174,14 @@ def test_classes_of_many_are_judged_shown_and_remembered_one_by_one(
     judged = run_stage(workspace, "validate", lambda out: validate(config, workspace, out))
     assert judged.figures["broken"] == 0
     tiles = facts.read(workspace.store / "manifest.parquet")
-    frame = facts.of_classes(config, tiles, facts.summary_of(tiles), [], {}).set_index("name")
+    frame = class_facts.of_classes(config, tiles, class_facts.summary_of(tiles), [], {}).set_index(
+        "name"
+    )
     assert frame["samples"].to_dict() == counts
     splits = manifest().assign(has=manifest()["label"].str.contains("town"))
     for split in ("train", "val", "test"):
         assert frame.loc["town", split] == (splits["has"] & (splits["split"] == split)).sum()
-    some = facts.rows_of_class(config, tiles, "scene", "town", {})
+    some = class_facts.rows_of_class(config, tiles, "scene", "town", {})
     assert some and all("town" in tiles["label"][row].as_py() for row in some)
     found = page.write(config, workspace, tmp_path / "page.html")
     assert found["classes"] == 3

@@ -231,7 +231,7 @@ def test_more_labels_than_there_are_is_said_not_refused(filled: Any) -> None:
         ({"compare.labels.scene": [0]}, "compare.labels.scene.0"),
         ({"compare.labels.scene": [5, 5]}, "scene: each may stand here once"),
         ({"compare.labels.scenes": [5]}, "`scenes` has no section in finetune"),
-        ({"compare.tasks": ["scenes"]}, "`scenes` has no section in finetune"),
+        ({"compare.tasks": ["scenes"]}, "compare.tasks: `scenes` is not among tasks"),
         ({"compare.seeds": []}, "compare.seeds"),
         ({"compare.step": 5}, "compare.step: no such key; known here: tasks"),
     ],

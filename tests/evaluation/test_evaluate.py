@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,19 @@ from sklearn import metrics as reference
 
 from ringmo import config
 from ringmo.config import Config
+from ringmo.data.ingest import ingest
+from ringmo.data.selection import select
 from ringmo.errors import BadInput
-from ringmo.evaluation.evaluate import _curve, _groups, evaluate, gsd_band, score
+from ringmo.evaluation import average_precision
+from ringmo.evaluation.average_precision import Found
+from ringmo.evaluation.evaluate import (
+    _curve,
+    _curves,
+    _groups,
+    evaluate,
+    gsd_band,
+    score,
+)
 from ringmo.registry import bundle
 from ringmo.stage import Report, run_stage
 from ringmo.tasks import find
@@ -219,3 +232,78 @@ def test_precision_over_recall_is_scikit_learn_s() -> None:
     assert curve.average == pytest.approx(reference.average_precision_score(right, scores))
     # Of objects that were never answered the curve ends before all are found.
     assert _curve(scores, right, 2 * int(right.sum())).recall[-1] == 0.5
+
+
+def test_scenes_of_several_classes_are_evaluated_class_by_class(filled: Any) -> None:
+    config.edit(filled.params_file, {"finetune.scene.multi_label": True})
+    path = filled.work("select") / "scene.parquet"
+    table = pd.read_parquet(path)
+    names = {"Beach": "Sand;Water", "Forest": "Trees", "Port": "Water"}
+    table["label"] = table["label"].map(names)
+    table.to_parquet(path, index=False)
+    report = chain(filled)["evaluate"]
+    figures, folder = report.figures, filled.work("evaluate@scene")
+    assert figures["test_map"] > 0.9 and figures["test_map_low"] <= figures["test_map_high"]
+    # Without looking: each class as often as it is, so only Water, in two of three, is ever said.
+    assert figures["trivial_accuracy"] == pytest.approx((1 / 2 + 0 + 1) / 3, abs=1e-3)
+    assert "histogram_accuracy" not in figures and "test_ece" in figures
+    assert [row["class"] for row in report.tables["per_class"]] == ["Sand", "Trees", "Water"]
+    predictions = pd.read_parquet(folder / "predictions.parquet")
+    assert list(predictions.columns[4:]) == [
+        "scratch_predicted",
+        *(f"{of}:{name}" for of in ("model", "scratch") for name in ("Sand", "Trees", "Water")),
+    ]
+    said = predictions[[f"model:{name}" for name in ("Sand", "Trees", "Water")]].to_numpy() >= 0.5
+    by_hand = [";".join(np.array(["Sand", "Trees", "Water"])[row]) for row in said]
+    assert predictions["predicted"].tolist() == by_hand
+    assert (folder / "precision_recall.png").exists() and (folder / "reliability.png").exists()
+    assert not (folder / "confusion.png").exists()
+
+
+def test_curves_of_objects_have_the_task_s_average_precision() -> None:
+    random = np.random.default_rng(0)
+    tiles = []
+    for _ in range(12):
+        truth = Found(random.integers(0, 2, 4), np.full(4, 900.0), difficult=random.random(4) < 0.2)
+        found = Found(random.integers(0, 2, 6), np.full(6, 900.0), random.random(6))
+        tiles.append((found, truth, np.where(random.random((6, 4)) < 0.5, 0.8, 0.0)))
+    evidence = average_precision.evidence(tiles, "voc")
+    curves = dict(_curves(evidence, ["tank", "ship"]))
+    rows = find("oriented").figures(evidence, ["tank", "ship"]).classes
+    assert {row["class"] for row in rows} == curves.keys() == {"tank", "ship"}
+    for row in rows:
+        assert 0.05 < curves[row["class"]].average == pytest.approx(row["ap50"], abs=1e-6)
+    hidden = average_precision.evidence(
+        [(Found(*[np.zeros(0, int)] * 3), tiles[0][1], np.zeros((0, 4)))], "voc"
+    )
+    assert all(not len(curve.recall) for curve in dict(_curves(hidden, ["tank", "ship"])).values())
+
+
+@pytest.mark.slow
+def test_real_scenes_are_told_apart_surely_better_than_without_looking(
+    workspace: Any, aid: Path, tmp_path: Path
+) -> None:
+    for name in ("Desert", "Forest", "Port", "Beach"):
+        (tmp_path / "aid" / name).mkdir(parents=True)
+        for path in sorted((aid / name).iterdir())[:40]:
+            shutil.copy(path, tmp_path / "aid" / name)
+    config.edit(
+        workspace.params_file,
+        {
+            **LONG_ENOUGH,
+            "ingest.sources": [str(tmp_path / "aid")],
+            "ingest.workers": 1,
+            "finetune.scene.base_lr": 0.05,
+        },
+    )
+    values = Config.load(workspace.params_file)
+    ingest(values, workspace)
+    run_stage(workspace, "select", lambda o: select(values, workspace, o))
+    figures = chain(workspace)["evaluate"].figures
+    assert figures["test_tiles"] >= 24
+    assert figures["test_accuracy_low"] > figures["trivial_accuracy"] + 0.1
+    # Deserts are yellow and forests green: whoever loses a band loses accuracy.
+    assert figures["drop_band_lost_low"] > 0
+    # Tiles seen from above, turned in training: turning them changes little.
+    for turn in ("mirrored", "turned_90", "turned_180", "turned_270"):
+        assert abs(figures[f"drop_{turn}"]) <= 0.15

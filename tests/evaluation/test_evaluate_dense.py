@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from imagery import write_class_folders
 from PIL import Image
 
 from ringmo import config
@@ -28,7 +29,7 @@ PICTURES = {"best.png", "typical.png", "worst.png", "behaviour.png"}
 
 def settings(task: str) -> dict[str, Any]:
     return {
-        "tasks": [task],
+        "tasks": [task, "scene"],
         "ingest.workers": 1,
         "evaluate.bootstrap_samples": 100,
         f"finetune.{task}.epochs": 12,
@@ -38,6 +39,7 @@ def settings(task: str) -> dict[str, Any]:
         f"finetune.{task}.test_resize": 48,
         "compare.initialisations": ["scratch", "work/pretrain/encoder"],
         f"compare.labels.{task}": [4, 40],
+        "compare.labels.scene": [3],
         "compare.seeds": [1, 2],
         "compare.finetune_steps": 6,
     }
@@ -52,9 +54,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def prepared(workspace: Any, task: str, folder: Path) -> Config:
-    source = {"ingest.sources": [str(folder)]}
-    config.edit(workspace.params_file, {**settings(task), **source})
+def prepared(workspace: Any, task: str, *folders: Path) -> Config:
+    sources = {"ingest.sources": [str(folder) for folder in folders]}
+    config.edit(workspace.params_file, {**settings(task), **sources})
     values = Config.load(workspace.params_file)
     ingest(values, workspace)
     run_stage(workspace, "select", lambda o: select(values, workspace, o))
@@ -82,7 +84,10 @@ def evaluated(workspace: Any, values: Config, task: str) -> Report:
 def test_from_files_to_figures_and_a_comparison(
     workspace: Any, tmp_path: Path, task: str, write: Callable[[Path, int], Path], own: set[str]
 ) -> None:
-    values = prepared(workspace, task, write(tmp_path / "in", 60))
+    folders = [write(tmp_path / "in", 60)]
+    if scenes := task == "segmentation":
+        folders.append(write_class_folders(tmp_path / "scenes", each=10))
+    values = prepared(workspace, task, *folders)
     report = evaluated(workspace, values, task)
     figures, folder = report.figures, workspace.work(f"evaluate@{task}")
     metric, lower = figures["metric"], task == "height"
@@ -122,16 +127,19 @@ def test_from_files_to_figures_and_a_comparison(
     assert found["n"] == figures["test_tiles"]
     assert found[metric] == pytest.approx(value, abs=1e-4)
 
-    # The same tasks, compared: with few tiles, from an encoder that is there, and from scratch.
+    # The same task, compared: with few tiles, from an encoder that is there, and from scratch.
     both = run_stage(workspace, "compare", lambda o: compare.compare(values, workspace, o))
-    cells = {(cell["row"], cell["column"]): cell for cell in both.tables["measures"]}
+    assert [row["task"] for row in both.tables["tasks"]] == [task, "scene"][: 1 + scenes]
+    own_rows = {
+        name: [row for row in both.tables[name] if row["task"] == task]
+        for name in ("measures", "differences")
+    }
+    cells = {(cell["row"], cell["column"]): cell for cell in own_rows["measures"]}
     rows = ["scratch", "work/pretrain/encoder", "without looking"]
-    assert list(cells) == [(row, c) for c in ("4 tiles", "40 tiles") for row in rows[:2]] + [
-        ("without looking", c) for c in ("4 tiles", "40 tiles")
-    ]
+    assert cells.keys() == {(row, column) for column in ("4 tiles", "40 tiles") for row in rows}
     assert cells["without looking", "4 tiles"]["value"] == pytest.approx(blind, abs=1e-4)
     assert cells["scratch", "4 tiles"]["unit"] == figures["unit"]
-    for one in both.tables["differences"]:
+    for one in own_rows["differences"]:
         first, other = cells["scratch", one["column"]], cells[one["to"], one["column"]]
         assert one["value"] == pytest.approx(sign * (first["value"] - other["value"]), abs=2e-4)
     text = compare.text(both)
@@ -140,3 +148,8 @@ def test_from_files_to_figures_and_a_comparison(
     few = len(pd.read_parquet(workspace.work("select") / f"{task}.parquet").query("split=='train'"))
     assert (f"40 tiles: there are {few}" in text) is (few < 40)
     assert "not at equal compute" in text and "Equal compute" not in text
+    assert ("scene is left out: no tile has labels of it" in text) is not scenes
+    assert (f"{task}: scratch against work/pretrain/encoder:" in text) is scenes
+    assert ("scene/scratch/3_labels" in both.figures) is scenes
+    with Image.open(workspace.work("compare") / "comparison.png") as picture:
+        assert (picture.width > 1200) is scenes  # a panel a task

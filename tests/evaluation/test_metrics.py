@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as reference
 
 from ringmo.evaluation import histogram
@@ -15,6 +16,8 @@ from ringmo.evaluation.metrics import (
     mean_drawn,
     over_trainings,
 )
+from ringmo.tasks import find
+from ringmo.tasks.base import Sample
 
 
 def test_measures_agree_with_scikit_learn() -> None:
@@ -159,3 +162,51 @@ def test_average_precision_agrees_with_scikit_learn() -> None:
     wanted = reference.average_precision_score(truth, scores, sample_weight=weights)
     assert average_precision(truth, scores, weights) == pytest.approx(wanted)
     assert np.isnan(average_precision(truth * 0, scores, weights))
+
+
+def test_figures_of_scenes_agree_with_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 5, 300)
+    truth[truth == 4] = 3  # class 4 has no tiles but is predicted
+    scores = random.random((300, 5)).astype(np.float32)
+    scores[np.arange(300), truth] += 0.5
+    scores[:, 1] = 0  # class 1 is never predicted
+    scores /= scores.sum(1, keepdims=True)
+    sample = Sample({}, np.arange(300), labels=torch.eye(5)[torch.from_numpy(truth)])
+    evidence = find("scene").evidence(torch.from_numpy(scores), sample)
+    for weights in (None, random.integers(0, 4, 300)):
+        figures = find("scene").figures(evidence, list("abcde"), weights)
+        predicted, how = scores.argmax(1), {"sample_weight": weights}
+        accuracy = reference.accuracy_score(truth, predicted, **how)
+        assert figures.whole["accuracy"] == pytest.approx(accuracy)
+        precision, recall, f1, support = reference.precision_recall_fscore_support(
+            truth, predicted, labels=range(5), zero_division=0, **how
+        )
+        assert [row["class"] for row in figures.classes] == list("abcd")
+        for name, wanted in (
+            ("precision", precision),
+            ("recall", recall),
+            ("f1", f1),
+            ("tiles", support if weights is None else np.bincount(truth, weights)),
+        ):
+            assert [row[name] for row in figures.classes] == pytest.approx(list(wanted[:4]))
+        assert figures.whole["mean_f1"] == pytest.approx(f1[:4].mean())
+
+
+def test_figures_of_several_classes_a_scene_agree_with_scikit_learn() -> None:
+    random = np.random.default_rng(1)
+    truth = (random.random((200, 4)) < 0.4).astype(np.float32)
+    scores = (0.6 * random.random((200, 4)) + 0.4 * truth).astype(np.float32)
+    sample = Sample({}, np.arange(200), labels=torch.from_numpy(truth))
+    evidence = find("scene").evidence(torch.from_numpy(scores), sample)
+    assert "predicted" not in evidence
+    for weights in (None, random.integers(0, 4, 200)):
+        whole = find("scene").figures(evidence, list("abcd"), weights).whole
+        how = {"sample_weight": weights}
+        said = scores >= 0.5
+        f1 = reference.f1_score(truth, said, average="macro", **how)
+        assert whole["mean_f1"] == pytest.approx(f1)
+        mean = reference.average_precision_score(truth, scores, average="macro", **how)
+        assert whole["map"] == pytest.approx(mean)
+        jaccard = reference.jaccard_score(truth, said, average="samples", zero_division=1, **how)
+        assert whole["accuracy"] == pytest.approx(jaccard)
