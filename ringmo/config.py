@@ -666,19 +666,19 @@ WHOLE = ("ingest.about", "ingest.mask_codings", "pretrain.mix")
 
 
 def recipe(path: Path) -> dict[str, Any]:
-    """A recipe's values by dotted key, as `edit` takes them.
+    """A recipe's values by dotted key, as `edit` takes them; those of its `base` come first.
 
     Raises:
         BadInput: missing, or not YAML (with the line).
     """
     values = read_yaml(path) or {}
-    changes = flatten(values)
+    base = values.pop("base", None)
+    changes = recipe(path.with_name(f"{base}.yaml")) if base else {}
     for key in WHOLE:
         section, name = key.split(".")
         if name in values.get(section, {}):
-            changes = {k: v for k, v in changes.items() if not k.startswith(f"{key}.")}
-            changes[key] = values[section][name]
-    return changes
+            changes[key] = values[section].pop(name)
+    return changes | flatten(values)
 
 
 def edited(path: Path, changes: dict[str, Any]) -> Config:
