@@ -249,7 +249,7 @@ def _changes(arguments: Arguments) -> dict[str, Any]:
         if not recipe.is_file():
             known = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
             raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
-        changes |= configuration.flatten(configuration.read_yaml(recipe) or {})
+        changes |= configuration.recipe(recipe)
     changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
     if getattr(arguments, "task", None):
         changes["tasks"] = list(dict.fromkeys(arguments.task))

@@ -661,6 +661,26 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# Of these the keys are the user's own: who names some means no others.
+WHOLE = ("ingest.about", "ingest.mask_codings", "pretrain.mix")
+
+
+def recipe(path: Path) -> dict[str, Any]:
+    """A recipe's values by dotted key, as `edit` takes them; those of its `base` come first.
+
+    Raises:
+        BadInput: missing, or not YAML (with the line).
+    """
+    values = read_yaml(path) or {}
+    base = values.pop("base", None)
+    changes = recipe(path.with_name(f"{base}.yaml")) if base else {}
+    for key in WHOLE:
+        section, name = key.split(".")
+        if name in values.get(section, {}):
+            changes[key] = values[section].pop(name)
+    return changes | flatten(values)
+
+
 def edited(path: Path, changes: dict[str, Any]) -> Config:
     """The configuration that `edit` would leave, without writing it."""
     return _edited(path, changes)[0]

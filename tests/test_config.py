@@ -24,7 +24,7 @@ def test_the_shipped_parameters_are_valid(values: Any) -> None:
 @pytest.mark.parametrize("recipe", sorted(template("recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_fits_the_parameters(recipe: Path, tmp_path: Path) -> None:
     made = init(tmp_path / "w")
-    config.edit(made.params_file, config.flatten(config.read_yaml(recipe) or {}))
+    config.edit(made.params_file, config.recipe(recipe))
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,7 @@ class SelectedTiles:
         fresh: Sequence[Tensor] | Tensor
         if name in UNKNOWN:
             fresh = [
-                torch.from_numpy(nearest(padded(image, UNKNOWN[name]), size)) for image in images
+                torch.tensor(nearest(padded(image, UNKNOWN[name]), size)) for image in images
             ]
         else:
             fresh = squares([padded(image) for image in images] if self.whole else images, size)

@@ -68,13 +68,14 @@ def drawn(
     """Figures of all tiles and then of each draw, by name: (1 + samples,).
 
     On the same places and seed those of two models belong together, draw by draw: `interval` of
-    their difference is the paired one. Without tiles all are NaN.
+    their difference is the paired one. Without tiles all are NaN; of a single place all draws are,
+    since it says nothing of how much places differ.
     """
     whole = dict(measure(None))
     values = {name: np.full(1 + samples, np.nan) for name in whole}
     for name, value in whole.items():
         values[name][0] = value
-    if len(places):
+    if len(set(places)) > 1:
         for i, weights in enumerate(draws(places, samples, seed), 1):
             for name, value in measure(weights).items():
                 if name in values:
@@ -89,13 +90,15 @@ def mean_drawn(
 
     Source of the speed: a mean needs the places' sums alone.
     """
+    means = np.full(1 + samples, np.nan)
     if not len(values):
-        return np.full(1 + samples, np.nan)
+        return means
+    means[0] = values.mean()
     _, place = np.unique(np.asarray(places, dtype=str), return_inverse=True)
     sums, counts = np.bincount(place, weights=values), np.bincount(place)
+    if len(counts) < 2:
+        return means
     random = np.random.default_rng(seed)
-    means = np.empty(1 + samples)
-    means[0] = values.mean()
     for i in range(1, 1 + samples):
         chosen = random.integers(0, len(counts), len(counts))
         means[i] = sums[chosen].sum() / counts[chosen].sum()
