@@ -41,9 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     made = init(root / "workspace")
     changes = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
     changes |= {f"finetune.{t}.{n}": v for t in TASKS for n, v in made_tasks.SHORT.items()}
-    sources = [str(made_tasks.write(root / task, task)) for task in TASKS]
-    # The two worlds are one: half of the second's tiles are the first's.
-    config.edit(made.params_file, TINY | changes | {"ingest.sources": sources})
+    for task in TASKS:  # the same images, with masks and with heights beside them
+        made_tasks.write(root / "in", task)
+    config.edit(made.params_file, TINY | changes | {"ingest.sources": [str(root / "in")]})
     yield made
     subprocess.run(command(made, "down"), check=True, capture_output=True)
 
@@ -101,11 +101,11 @@ def test_an_interrupted_run_leaves_no_training_behind(place: Workspace) -> None:
 
     def training() -> list[Path]:
         return [
-            folder
+            figures.parent
             for task in TASKS
-            for folder in runs.glob(f"finetune-{task}-*")
-            if "4000" in (folder / "params.json").read_text()
-            and len((folder / "figures.jsonl").read_text()) > 2000
+            for figures in runs.glob(f"scratch-{task}-*/figures.jsonl")  # these two come first
+            if "4000" in (figures.parent / "params.json").read_text()
+            and len(figures.read_text()) > 2000
         ]
 
     while len(training()) < 2:
