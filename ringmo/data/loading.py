@@ -416,9 +416,7 @@ class SelectedTiles:
                 )
         fresh: Sequence[Tensor] | Tensor
         if name in UNKNOWN:
-            fresh = [
-                torch.tensor(nearest(padded(image, UNKNOWN[name]), size)) for image in images
-            ]
+            fresh = [torch.tensor(nearest(padded(image, UNKNOWN[name]), size)) for image in images]
         else:
             fresh = squares([padded(image) for image in images] if self.whole else images, size)
         for i, tile in zip(new, fresh, strict=True):
