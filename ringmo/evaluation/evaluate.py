@@ -101,6 +101,9 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
             for one in changed
         ],
     }
+    if test.table["source_root"].nunique() > 1:
+        groups = _groups(kind, evidence, classes, test, "source_root", samples)
+        report.tables["per_source"] = groups
     write_json(out / "per_class.json", report.tables["per_class"])
     keys = np.array(test.keys(np.arange(len(test))))
     np.savez_compressed(out / "evidence.npz", allow_pickle=False, key=keys, **evidence)
