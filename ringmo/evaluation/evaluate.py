@@ -384,7 +384,8 @@ def _answers(
         for row in rows
     ]
     sources = [str(test.table["source"].iloc[row]) for row in rows]
-    pictures.answers(path, sheets, [f"{s}, {o}" for s, o in zip(said, sources, strict=True)], title)
+    captions = [f"{s}, {o}" for s, o in zip(said, sources, strict=True)]
+    pictures.answers(path, sheets, captions, title, kind.legend(samples.classes))
 
 
 def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, Curve]]:

@@ -80,28 +80,47 @@ def answers(
     rows: Sequence[Sequence[NDArray[np.uint8]]],
     captions: Sequence[str],
     title: str,
+    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
     side: int = 176,
 ) -> None:
     """For each tile its pictures side by side (H, W, 3), under a caption; two tiles a row.
 
     Args:
-        side: pixels a picture is shown at.
+        legend: of classes, the names and the colours they have. side: pixels a picture is shown at.
     """
     font, line = ImageFont.load_default(12), 18
     wide = max((len(pictures) for pictures in rows), default=1) * (side + 2) + 2 * GAP
     across = 2 if len(rows) > 1 and wide < 1000 else 1
-    cell = side + line + GAP
-    sheet = Image.new(
-        "RGB", (max(across * wide, 400), max(1, -(-len(rows) // across)) * cell + 32), PAPER
-    )
+    cell, width = side + line + GAP, max(across * wide, 400)
+    named = _placed(legend, width, font)
+    head = 32 + (named[-1][1] + line + GAP if named else 0)
+    height = head + max(1, -(-len(rows) // across)) * cell
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 8), title, INK, ImageFont.load_default(15))
+    for (name, ink), (left, top) in zip(legend, named, strict=True):
+        draw.rectangle([left, 34 + top, left + 10, 44 + top], fill=ink, outline=INK)
+        draw.text((left + 16, 32 + top), name, INK, font)
     for n, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
-        left, top = GAP + n % across * wide, 32 + n // across * cell
+        left, top = GAP + n % across * wide, head + n // across * cell
         draw.text((left, top), _short(draw, caption, wide - GAP, font), INK, font)
         for i, picture in enumerate(pictures):
             sheet.paste(_shown(picture, side), (left + i * (side + 2), top + line))
     _save(sheet, path)
+
+
+def _placed(
+    legend: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: Any
+) -> list[tuple[int, int]]:
+    """Where each name of a legend begins, in lines of so many pixels: left, and below the first."""
+    left, top, line, places = GAP, 0, 18, []
+    for name, _ in legend:
+        length = 16 + int(font.getlength(name)) + 2 * GAP
+        if left > GAP and left + length > width:
+            left, top = GAP, top + line
+        places.append((left, top))
+        left += length
+    return places
 
 
 def _short(draw: ImageDraw.ImageDraw, text: str, width: int, font: Any) -> str:

@@ -115,12 +115,18 @@ def _of_map(values: NDArray[Any], factor: float, height: int, width: int) -> NDA
 def _of_boxes(
     boxes: list[dict[str, Any]], factor: float, height: int, width: int
 ) -> list[dict[str, Any]]:
-    """Boxes in the image's own pixels, without those in what was padded."""
+    """Boxes in the image's own pixels, without those in what was padded.
+
+    Upright ones end at the image's edge; what is left there of a turned one is no rectangle.
+    """
     kept = []
     for box in boxes:
         points = np.array(box["points"], np.float64) * factor
         x, y = points.mean(0)
         if x < width and y < height:
-            left, top, right, bottom = (float(v) * factor for v in box["box"])
-            kept.append({**box, "points": points.tolist(), "box": [left, top, right, bottom]})
+            span = np.array(box["box"], np.float64) * factor
+            if np.isin(points, span).all():
+                limit = np.array([width, height], np.float64)
+                points, span = points.clip(0, limit), span.clip(0, np.tile(limit, 2))
+            kept.append({**box, "points": points.tolist(), "box": span.tolist()})
     return kept

@@ -197,6 +197,10 @@ class Task(ABC):
             image: (S, S, 3), for people. at: which of the sample's tiles.
         """
 
+    def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
+        """In what colours (red, green, blue) its pictures show classes; none, if they do not."""
+        return []
+
     @abstractmethod
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """How well each tile was answered (tiles,): higher is better; NaN: nothing to say."""

@@ -276,6 +276,9 @@ class ObjectTask(Task):
             drawn(image, found.corners, found.labels, wrong, found.size),
         ]
 
+    def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
+        return [(name, colour(number + 1)) for number, name in enumerate(classes)]
+
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """F1 of the answers from SURE on, at an overlap of 0.5; 1 where rightly nothing is said."""
         tiles, tile = len(evidence["objects"]), evidence["object_tile"]
@@ -340,7 +343,7 @@ def drawn(
         # Light around, so that it is seen on ground of its own colour.
         for ink, width in ((INK, 4), (colour(int(label) + 1), 2)):
             pen.line([a, b, c, d, a], fill=ink, width=width)
-            if cross:
-                pen.line([a, c], fill=ink, width=width)
-                pen.line([b, d], fill=ink, width=width)
+        if cross:  # thin, so that the object is seen
+            pen.line([a, c], fill=ink, width=2)
+            pen.line([b, d], fill=ink, width=2)
     return np.asarray(sheet)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ringmo.errors import BadInput
 from ringmo.evaluation import dense
 from ringmo.tasks.base import Evidence, Figures, Sample
-from ringmo.tasks.dense import MaskTask, coloured, fitted
+from ringmo.tasks.dense import MaskTask, colour, coloured, fitted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +61,9 @@ class Segmentation(MaskTask):
         assert sample.mask is not None
         truth, said = sample.mask[at].cpu().numpy(), answer[at].argmax(0).cpu().numpy()
         return [fitted(image, sample.size), coloured(truth), coloured(said)]
+
+    def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
+        return [(name, colour(number)) for number, name in enumerate(classes)]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """Each tile's mean IoU over the classes that it has."""

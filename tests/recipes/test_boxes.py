@@ -87,8 +87,11 @@ def found(workspace: Any, task: str, image: Path) -> list[dict[str, Any]]:
 def test_the_chain_of_upright_boxes_runs_on_real_imagery(tmp_path: Path) -> None:
     if not RSOD.is_dir():
         pytest.skip("no real imagery beside the checkout")
-    sources = {"ingest.sources": [str(RSOD)], "finetune.detection.image_size": 128}
-    workspace, _, report = run(tmp_path, "aircraft-tanks", "detection", **sources)
+    # Small images and large batches: what is seen here is the chain, not what it learns.
+    short = {"image_size": 128, "batch_size": 8}
+    changes = {f"finetune.detection.{name}": value for name, value in short.items()}
+    changes["ingest.sources"] = [str(RSOD)]
+    workspace, _, report = run(tmp_path, "aircraft-tanks", "detection", **changes)
     assert {row["class"] for row in report.tables["per_class"]} <= {
         *("aircraft", "oiltank", "overpass", "playground")
     }
@@ -107,8 +110,9 @@ def test_the_chain_of_turned_boxes_runs_on_blocks_of_a_scene_beside_generated_on
 
     if not DOTA.is_dir():
         pytest.skip("no real imagery beside the checkout")
-    sources = [str(DOTA), str(parks(tmp_path / "parks", 40))]
+    sources = [str(DOTA), str(parks(tmp_path / "parks", 16))]
     more = {"ingest.sources": sources, "ingest.exclude": ["P0004*"]}
+    more |= {"finetune.oriented.image_size": 64}
     workspace, _, report = run(tmp_path, "oriented-vehicles", "oriented", **more)
     tiles = pd.read_parquet(workspace.root / "data" / "store" / "manifest.parquet")
     real = tiles[tiles["source"].str.contains("P1888")]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from scenes import TINY, scenes
 from torch import Tensor, nn
 
@@ -13,11 +14,13 @@ from ringmo.config import Finetune
 from ringmo.data import boxes as annotations
 from ringmo.data.decode import decode
 from ringmo.errors import BadInput
+from ringmo.evaluation import pictures
+from ringmo.inference.whole_images import _of_boxes
 from ringmo.models import rotated
 from ringmo.models.backbone import encoder
 from ringmo.tasks import find
 from ringmo.tasks.base import Objects, Sample, joined
-from ringmo.tasks.objects import TOLD, Found, ObjectTask
+from ringmo.tasks.objects import TOLD, Found, ObjectTask, drawn
 from ringmo.training.augmentation import turned
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -354,3 +357,34 @@ def test_real_objects_can_be_learnt_by_heart(name: str) -> None:
         evidence = task.evidence(task.answer(model, given.images), given)
     assert evidence["objects"].sum() >= 2
     assert task.figures(evidence, names).whole["map50"] > 0.5
+
+
+def test_upright_answers_end_at_the_image_and_what_lies_in_the_padding_is_left_out() -> None:
+    """An image of 50x20 pixels, answered as a square of 25 that holds it at half its size."""
+
+    def box(left: float, top: float, right: float, bottom: float) -> dict[str, Any]:
+        points = [[left, top], [right, top], [right, bottom], [left, bottom]]
+        return {"class": "a", "score": 0.9, "points": points, "box": [left, top, right, bottom]}
+
+    turned = {**box(2, 4, 8, 14), "points": [[5, 4], [8, 9], [5, 14], [2, 9]]}
+    boxes = [box(-1, 2, 5, 4), box(20, 8, 26, 11), box(5, 11, 9, 15), turned]
+    kept = _of_boxes(boxes, 2.0, 20, 50)
+    assert [one["box"] for one in kept] == [[0, 4, 10, 8], [40, 16, 50, 20], [4, 8, 16, 28]]
+    assert kept[0]["points"] == [[0, 4], [10, 4], [10, 8], [0, 8]]
+    assert kept[2]["points"] == [[10, 8], [16, 18], [10, 28], [4, 18]]
+
+
+def test_a_sheet_of_answers_names_the_colours_of_its_classes(tmp_path: Path) -> None:
+    legend = task_of("detection").legend(CLASSES)
+    assert [name for name, _ in legend] == CLASSES
+    dark = np.zeros((8, 8, 3), np.uint8)
+    truth = drawn(dark, torch.rand(1, 4, 2) * 8, torch.tensor([1]), np.array([False]), 8)
+    assert (truth == legend[1][1]).all(-1).any()  # the colour that its objects have
+    tall = {}
+    for name, names in (("with", legend), ("without", [])):
+        pictures.answers(tmp_path / f"{name}.png", [[dark]], ["a tile"], "tiles", names)
+        sheet = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        tall[name] = len(sheet)
+        shown = [bool((sheet == ink).all(-1).any()) for _, ink in legend]
+        assert shown == [name == "with"] * len(CLASSES)
+    assert tall["with"] > tall["without"]

@@ -125,6 +125,25 @@ def test_two_ranks_find_the_changes_that_one_would(tmp_path: Path) -> None:
         np.testing.assert_allclose(double, single, rtol=1e-3, atol=1e-6)
 
 
+def test_two_ranks_learn_boxes_much_as_one_would(tmp_path: Path) -> None:
+    """Each rank draws the anchors it learns from, so the curves are near and not the same."""
+    curves = {}
+    for name, devices in (("one", {}), ("two", {"hardware.devices": 2})):
+        workspace = init(tmp_path / name)
+        config.edit(workspace.params_file, {**TINY, "hardware.accelerator": "cpu", **devices})
+        made_tasks.selected(workspace, tmp_path / "in", "detection", epochs=4)
+        done = run("finetune", "detection", "--from-scratch", "--workspace", str(workspace.root))
+        assert done.returncode == 0, done.stderr
+        curves[name] = losses(workspace, "train/loss")
+        assert len(losses(workspace, "val/map50")) == 4
+        bundle.load(workspace.work("scratch@detection") / "model").check_example()
+    one, two = curves["one"], curves["two"]
+    assert len(one) == len(two) >= 12
+    np.testing.assert_allclose(two[0], one[0], rtol=0.1)
+    np.testing.assert_allclose(np.mean(two[-4:]), np.mean(one[-4:]), rtol=0.3)
+    assert all(np.mean(curve[-4:]) < 0.8 * curve[0] for curve in (one, two))
+
+
 def test_sigterm_saves_one_step_on_all_ranks_within_ten_seconds(tmp_path: Path) -> None:
     workspace = filled(
         tmp_path / "w",
