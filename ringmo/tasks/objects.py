@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TOLD = 0.05  # score from which on a user gets an object; below, one in twenty would be right
 SURE = 0.5  # score from which on pictures show an answer, and a tile's quality counts it
 AT_EDGE = 2.0  # pixels from a window's edge within which a box is taken to go on beyond it
-SHOWN = 256  # pixels a side that a picture has at least
+SHOWN = 256  # pixels a side that a picture has, or up to twice as many
 INK = (255, 255, 255)
 
 
@@ -325,19 +325,20 @@ def corners_turned_back(found: Found, number: int) -> Found:
 def drawn(
     image: NDArray[np.uint8], corners: Tensor, labels: Tensor, crossed: NDArray[np.bool_], size: int
 ) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) with outlines of corners (n, 4, 2) in an image of so many pixels."""
+    """A picture with outlines of corners (n, 4, 2) in an image, a square, of so many pixels."""
     from PIL import Image, ImageDraw
 
     if image.shape[2] == 1:
         image = np.repeat(image, 3, axis=2)
-    times = max(1, -(-SHOWN // image.shape[0]))
-    sheet = Image.fromarray(np.ascontiguousarray(image)).resize(
-        (times * image.shape[1], times * image.shape[0]), Image.Resampling.NEAREST
-    )
+    # Large images are shrunk first, so that lines are as wide on all.
+    side = image.shape[0]
+    shown = SHOWN if side > SHOWN else side * -(-SHOWN // side)
+    how = Image.Resampling.LANCZOS if side > SHOWN else Image.Resampling.NEAREST
+    sheet = Image.fromarray(np.ascontiguousarray(image)).resize((shown, shown), how)
     pen = ImageDraw.Draw(sheet)
     number = labels.cpu().numpy()
     for shape, label, cross in zip(
-        (corners.cpu() * (times * image.shape[0] / size)).tolist(), number, crossed, strict=True
+        (corners.cpu() * (shown / size)).tolist(), number, crossed, strict=True
     ):
         a, b, c, d = (tuple(point) for point in shape)
         # Light around, so that it is seen on ground of its own colour.
