@@ -203,6 +203,7 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "prefect": running["prefect"]["url"],
         "labelled": labelled(config, workspace),
         "other_tasks": figures("select").get("other_tasks", []),
+        "together": "".join(f" --with {name}=IMAGE" for name in _beside(config, workspace)),
     }
     exit_code = 0
     for task in ends(config, workspace):
@@ -274,6 +275,12 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _beside(config: Config, workspace: Workspace) -> list[str]:
+    """What the first task's model reads beside an image."""
+    first = next(iter(labelled(config, workspace)), None)
+    return [*["second"] * (first == "change"), *config.select.beside]
+
+
 def _figure_rows(task: str, figures: dict[str, Any]) -> list[tuple[str, str]]:
     """What a task's model does on the test tiles, beside what it must beat."""
     metric, unit = figures.get("metric", "accuracy"), figures.get("unit", "%")
@@ -303,7 +310,8 @@ def summary_text(result: dict[str, Any]) -> str:
     task = next(iter(result["labelled"]), None)
     other = next(iter(result["other_tasks"]), None)
     following = (
-        f"{ringmo} predict IMAGE --model {task}@champion\n      {ringmo} lineage {task}@champion"
+        f"{ringmo} predict IMAGE{result['together']} --model {task}@champion\n"
+        f"      {ringmo} lineage {task}@champion"
         if task
         else f"{ringmo} run --task {other}"
         if other

@@ -101,6 +101,9 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
             for one in changed
         ],
     }
+    if test.table["source_root"].nunique() > 1:
+        groups = _groups(kind, evidence, classes, test, "source_root", samples)
+        report.tables["per_source"] = groups
     write_json(out / "per_class.json", report.tables["per_class"])
     keys = np.array(test.keys(np.arange(len(test))))
     np.savez_compressed(out / "evidence.npz", allow_pickle=False, key=keys, **evidence)
@@ -230,8 +233,10 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 def _said(kind: Task, figures: Mapping[str, Any]) -> list[str]:
     """What the figures show, in sentences."""
     low, high = (figures[f"difference_to_scratch_{end}"] for end in ("low", "high"))
-    if low is None or high is None:
+    if figures["difference_to_scratch"] is None:
         notes = ["the difference to from-scratch training could not be measured"]
+    elif low is None or high is None:
+        notes = ["the test tiles are of one place: no figure has an interval"]
     elif low <= 0 <= high:
         notes = ["the difference to from-scratch training is within chance"]
     else:

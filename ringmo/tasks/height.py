@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ringmo.models.backbone import Encoder
 
 LEAST_UNIT_M = 0.1  # of tiles that are flat
+LEAST_SPAN_M = 1.0  # of a picture's colours: where all is flat, an error of centimetres is no peak
 # Colours of heights from low to high, at even steps: matplotlib's viridis (CC0).
 VIRIDIS = (
     *((68, 1, 84), (72, 24, 106), (71, 45, 123), (66, 64, 134), (59, 82, 139)),
@@ -136,7 +137,7 @@ def spread(train: "SelectedTiles", heights: str) -> tuple[float, float]:
 
 def _coloured(heights: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Heights (H, W) as a picture (H, W, 3); grey where nobody knows."""
-    share = np.clip((heights - low) / max(high - low, 1e-6), 0, 1)
+    share = np.clip((heights - low) / max(high - low, LEAST_SPAN_M), 0, 1)
     steps = np.linspace(0, 1, len(VIRIDIS))
     bands = [np.interp(np.nan_to_num(share), steps, [c[i] for c in VIRIDIS]) for i in range(3)]
     picture = np.rint(np.stack(bands, 2)).astype(np.uint8)

@@ -61,6 +61,16 @@ def test_copies_of_a_place_make_nothing_surer() -> None:
     assert copied.high - copied.low == pytest.approx(alone.high - alone.low, abs=1e-9)
 
 
+def test_one_place_says_nothing_of_how_sure_a_figure_is() -> None:
+    def measure(weights: object) -> dict[str, float]:
+        return {"figure": 0.8}
+
+    found = intervals(measure, ["strip"] * 8, 100)["figure"]
+    assert found.value == 0.8 and np.isnan([found.low, found.high]).all()
+    of_mean = interval(mean_drawn(np.array([0.0, 1.0]), ["strip", "strip"], 100))
+    assert of_mean.value == 0.5 and np.isnan([of_mean.low, of_mean.high]).all()
+
+
 def test_whole_places_are_drawn_as_many_as_there_are() -> None:
     places = ["a", "b", "a", "c", "b", "b"]
     seen = set()

@@ -30,7 +30,7 @@ def contest(tracked: Workspace, config: Config, make_model: Any) -> Any:
     def enter(accuracy: float, *, generated: bool = False, champion: bool = False) -> Version:
         make_model(next(seeds), generated=generated)
         version = register(config, tracked, "scene", {})
-        kept = tracked.state / "scores" / f"{version.bundle_hash[:24]}-{tiles}.json"
+        kept = tracked.state / "scores" / f"{version.bundle_hash[:24]}-{tiles}-1.json"
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps({"accuracy": accuracy, "mean_f1": accuracy, "n": 500}))
         if champion:
