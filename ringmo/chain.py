@@ -94,10 +94,14 @@ def ends(config: Config, workspace: Workspace) -> list[str]:
 
 def labelled(config: Config, workspace: Workspace) -> list[str]:
     """The tasks that the selection has labels for; without any, the chain ends at the encoder."""
-    report = Report.read(workspace.work("select") / "report.json")
-    rows = report.tables.get("tasks", []) if report else []
-    there = {row["task"] for row in rows if row["tiles"]}
+    there = {row["task"] for row in _selected(workspace) if row["tiles"]}
     return [task for task in config.tasks if task in there]
+
+
+def _selected(workspace: Workspace) -> list[dict[str, Any]]:
+    """What was selected for each task."""
+    report = Report.read(workspace.work("select") / "report.json")
+    return report.tables.get("tasks", []) if report else []
 
 
 def register(
@@ -203,7 +207,7 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "prefect": running["prefect"]["url"],
         "labelled": labelled(config, workspace),
         "other_tasks": figures("select").get("other_tasks", []),
-        "together": "".join(f" --with {name}=IMAGE" for name in _beside(config, workspace)),
+        "beside": {row["task"]: row["beside"] for row in _selected(workspace)},
     }
     exit_code = 0
     for task in ends(config, workspace):
@@ -275,12 +279,6 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _beside(config: Config, workspace: Workspace) -> list[str]:
-    """What the first task's model reads beside an image."""
-    first = next(iter(labelled(config, workspace)), None)
-    return [*["second"] * (first == "change"), *config.select.beside]
-
-
 def _figure_rows(task: str, figures: dict[str, Any]) -> list[tuple[str, str]]:
     """What a task's model does on the test tiles, beside what it must beat."""
     metric, unit = figures.get("metric", "accuracy"), figures.get("unit", "%")
@@ -309,8 +307,9 @@ def summary_text(result: dict[str, Any]) -> str:
     ringmo = result.get("command", "ringmo")
     task = next(iter(result["labelled"]), None)
     other = next(iter(result["other_tasks"]), None)
+    beside = "".join(f" --with {name}=IMAGE" for name in result["beside"].get(task, []))
     following = (
-        f"{ringmo} predict IMAGE{result['together']} --model {task}@champion\n"
+        f"{ringmo} predict IMAGE{beside} --model {task}@champion\n"
         f"      {ringmo} lineage {task}@champion"
         if task
         else f"{ringmo} run --task {other}"

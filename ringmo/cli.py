@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
-SHOWN_ROWS = 40  # of a report's table; a longer one is in its files
+# Tables of a report that are worth a look at a stage's end, from two rows on; a long one is in its
+# files.
+SHOWN_TABLES, SHOWN_ROWS = ("per_class", "per_sensor", "per_gsd", "per_source"), range(2, 41)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -329,11 +331,12 @@ def _deploy(arguments: Arguments) -> None:
 def _print_report(report: "Report") -> int:
     from dataclasses import asdict
 
-    parts = [f"{report.stage}: done in {report.seconds:.1f} s", console.figures(report.figures)]
-    for name, rows in report.tables.items():
-        if rows and len(rows) <= SHOWN_ROWS:
-            cells = console.folded(rows)
-            parts += [f"\n{name.replace('_', ' ')}", console.table(*cells)]
+    ends = "; in brackets 95 % intervals" * any(name.endswith("_low") for name in report.figures)
+    parts = [f"{report.stage}: done in {report.seconds:.1f} s{ends}"]
+    parts.append(console.figures(report.figures))
+    for name in SHOWN_TABLES:
+        if len(rows := report.tables.get(name, [])) in SHOWN_ROWS:
+            parts += [f"\n{name.replace('_', ' ')}", console.table(*console.folded(rows))]
     console.result(asdict(report), "\n".join([*parts, *report.notes]).rstrip())
     return report.exit_code
 

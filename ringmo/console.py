@@ -90,9 +90,10 @@ def figures(values: dict[str, Any]) -> str:
 def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
     """Rows of cells, and the columns' names: NAME_low and NAME_high stand in NAME's column.
 
-    What is for programs alone is left out: hashes, and what no row has.
+    What is for programs alone is left out: hashes, the key of a registration, what no row has.
     """
-    names = [n for n in dict.fromkeys(n for row in rows for n in row) if not n.endswith("_hash")]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [name for name in names if name != "key" and not name.endswith("_hash")]
     names = [n for n in names if any(row.get(n) not in (None, {}) for row in rows)]
     ends = {n for n in names if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names}
 

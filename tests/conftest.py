@@ -1,6 +1,7 @@
 """Workspaces of their own for tests, and nothing that reaches outside the machine."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def workspace(tmp_path: Path) -> Any:
     made = init(tmp_path / "workspace")
     config.edit(made.params_file, TINY)
     return made
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models of tests are slower on more threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

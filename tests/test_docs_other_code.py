@@ -50,7 +50,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     # 400 m squared, as the Mercator projection shows it at 45° N: twice as large.
-    area = float(re.search(r"([\d.]+) km²", done.stdout)[1])  # type: ignore[index]
+    area = float(re.search(r"([\d.]+) km²", done.stdout)[1])
     assert area == pytest.approx(0.16 * 2, rel=0.02)
 
 

@@ -2,6 +2,8 @@
 
 The file is read piece by piece, an element of `images`, `annotations` or `categories` at a time.
 Kept is what a box needs: polygons and run lengths are read over. `iscrowd` is `difficult`.
+
+By hand, since ijson (3.6.0) fills the memory where a file is nested deeply.
 """
 
 import json

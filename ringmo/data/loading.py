@@ -218,15 +218,16 @@ class SelectedTiles:
         self.table = pd.concat([chosen.reset_index(drop=True), extra], axis=1)
         self._place = _places(known)
         self._dtypes = [str(dtype) for dtype in known["dtype"]]
-        self._others: dict[str, tuple[list[Place], list[str], list[str]]] = {}
+        self._others: dict[str, tuple[list[Place], list[str]]] = {}
+        self._kinds: dict[str, pd.DataFrame] = {}
         for name in [SECOND] * (SECOND in self.parts) + [BESIDE + one for one in beside]:
             keys = self.table.get(name)
             if keys is None or not keys.isin(manifest.index).all():
                 what = "second date" if name == SECOND else f"tile of {name.removeprefix(BESIDE)}"
                 raise BadInput(f"{selection}: a {what} is not in the store: run `ringmo select`")
             rows = manifest.reindex(keys)
-            self._others[name] = _places(rows), [str(d) for d in rows["dtype"]], list(keys)
-        self._bands = {name: manifest["bands"].reindex(o[2]) for name, o in self._others.items()}
+            self._others[name] = _places(rows), [str(d) for d in rows["dtype"]]
+            self._kinds[name] = rows[["bands", "dtype"]]
         self._labels = {
             part: _places(known, f"{part}_")
             for part in (MASK, HEIGHT, BOXES)
@@ -262,7 +263,7 @@ class SelectedTiles:
 
     def other(self, name: str, row: int) -> Pixels:
         """The tile of the same ground at the `second` date, or of `beside:SENSOR`: (H, W, C)."""
-        places, dtypes, _ = self._others[name]
+        places, dtypes = self._others[name]
         return self._decoded(places[row], dtypes[row], row)
 
     def mask(self, row: int) -> Pixels:
@@ -376,11 +377,11 @@ class SelectedTiles:
         key = self.keys(rows[:1])[0]
         image = _Plane(self.image, int(kinds["bands"].iloc[0]), _dtype(kinds["dtype"].iloc[0], key))
         planes = {IMAGE: image}
-        for name, (_, dtypes, _) in self._others.items():
-            kept = {(int(self._bands[name].iloc[row]), dtypes[row]) for row in rows}
-            if len(kept) > 1 or (name == SECOND and kept != {(image.bands, dtypes[rows[0]])}):
+        for name in self._others:
+            kept = self._kinds[name].iloc[rows].drop_duplicates()
+            bands, dtype = int(kept["bands"].iloc[0]), str(kept["dtype"].iloc[0])
+            if len(kept) > 1 or (name == SECOND and bands != image.bands):
                 raise BadInput(f"tile {key}: its {name} is of another kind than other tiles'")
-            bands, dtype = kept.pop()
 
             def read(row: int, name: str = name) -> Pixels:
                 return self.other(name, row)

@@ -69,13 +69,7 @@ def write(config: Config, workspace: Workspace, out: Path) -> dict[str, Any]:
         f"<title>Tile store {escape(str(version or ''))[:12]}</title><style>{STYLE}</style>"
         f"{''.join(sections)}</html>"
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        raise BadInput(f"{out}: {error.strerror}") from None
+    save(out, page)
     return {
         "page": str(out),
         "data_version": version,
@@ -98,6 +92,21 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     top = "".join(cell(name, "th", number) for name, number in zip(header, numbers, strict=True))
     lines = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in body)
     return f"<table><tr>{top}</tr>{lines}</table>"
+
+
+def save(out: Path, page: str) -> None:
+    """A page in a file, whole or not at all.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise BadInput(f"{out}: {error.strerror}") from None
 
 
 def _head(manifest: "pandas.DataFrame", version: str | None) -> str:

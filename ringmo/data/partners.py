@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ringmo.data.grouping import join
+
 if TYPE_CHECKING:
     import pandas
 
@@ -96,8 +98,6 @@ def _on_the_ground(tiles: "pandas.DataFrame", bounds: NDArray[np.float64]) -> Co
 
 def _by_name(tiles: "pandas.DataFrame") -> Codes:
     import pandas as pd
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
 
     path = tiles["source"].astype("str").str.replace(r"\.[^./]*$", "", regex=True)
     inner = path.str.partition("/")[2]
@@ -119,9 +119,7 @@ def _by_name(tiles: "pandas.DataFrame") -> Codes:
     pairs = np.concatenate(links).astype(np.int64)
     codes = np.full(len(table), -1, np.int64)
     if len(pairs):
-        shape = (len(table), len(table))
-        graph = coo_array((np.ones(len(pairs), np.bool_), tuple(pairs.T)), shape=shape)
-        _, parts = connected_components(graph, directed=False)
+        parts, _ = join(np.arange(len(table)), pairs)
         there = np.unique(pairs)
         codes[there] = np.unique(parts[there], return_inverse=True)[1]
     return codes

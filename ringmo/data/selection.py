@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ringmo import console, tasks
 from ringmo.config import Config, Sensor
 from ringmo.data import store
-from ringmo.data.loading import BESIDE
+from ringmo.data.loading import BESIDE, SECOND
 from ringmo.data.tables import classes_of
 from ringmo.errors import BadInput
 from ringmo.stage import Report, write_json
@@ -79,7 +79,8 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     }
     report.tables["sensors"] = [{"sensor": name, "tiles": n} for name, n in sensors.items()]
     report.tables["tasks"] = [
-        {"task": name, "tiles": len(table), **_splits(table)} for name, table in tables.items()
+        {"task": name, "tiles": len(table), **_splits(table), "beside": _beside(config, name)}
+        for name, table in tables.items()
     ]
     others = [name for name in tasks.names() if name not in config.tasks]
     report.figures["other_tasks"] = [n for n in others if tasks.find(n).usable(tiles).any()]
@@ -134,6 +135,12 @@ def _class_names(workspace: Workspace, tiles: "pandas.DataFrame") -> dict[str, l
         if not names.get(str(coding)):
             names[str(coding)] = [str(i) for i in range(max(len(each) - 1 for each in counts))]
     return names
+
+
+def _beside(config: Config, task: str) -> list[str]:
+    """What a task's model reads of the same ground beside the image."""
+    second = [SECOND] if SECOND in tasks.find(task).parts else []
+    return [*second, *config.select.beside]
 
 
 def _splits(table: "pandas.DataFrame") -> dict[str, int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ringmo.evaluation.average_precision import IGNORED
 from ringmo.tasks.base import Evidence
 
-BINS = 15  # from 0 to 1, as in `evaluation.dense`
+BINS = 15  # from 0 to 1
 
 
 @dataclass(frozen=True)

@@ -264,11 +264,12 @@ class _Task:
         self.columns = columns(config, name)
         self.places = self.test.table["place"].astype(str).tolist()
         self.probed = name == "scene" and not self.settings.multi_label
-        self.labels: list[int | None] = list(config.compare.labels.get(name, [])) or [None]
+        asked = config.compare.labels.get(name, [])
+        self.labels: list[int | None] = [*asked] or [None]
 
         # Every fine-tuning's selection is as long as the largest, and never less than a batch.
         batch = self.settings.batch_size
-        largest = self.fewer(None if None in self.labels else max(self.labels), 0)  # type: ignore[type-var]
+        largest = self.fewer(max(asked, default=None), 0)
         self.length = max(len(largest), batch)
         self.epoch_images = self.length // batch * batch
         self.epochs = max(1, round(config.compare.finetune_steps * batch / self.epoch_images))
@@ -426,15 +427,13 @@ class _Comparison:
 
     def _given(self, name: str) -> Start:
         """An encoder that is there: a registered version, or a bundle's folder."""
-        from ringmo.registry import lineage
-        from ringmo.registry.tracker import Tracker
+        from ringmo.inference.model import open_bundle
 
         folder = self.workspace.root / name
-        if not (folder / bundle.META).is_file():
-            tracker = Tracker(self.workspace)
-            folder = tracker.bundle_folder(lineage.resolve(self.workspace, name, tracker))
-        meta = bundle.load_meta(folder)
-        if meta["kind"] != bundle.ENCODER:
+        there = (folder / bundle.META).is_file()
+        found = open_bundle(folder if there else name, workspace=self.workspace.root)
+        meta = found.meta
+        if found.task is not None:
             raise BadInput(
                 f"compare.initialisations: {name} is a model for {meta['kind']}: name an encoder"
             )
@@ -443,7 +442,7 @@ class _Comparison:
                 f"compare.initialisations: {name} reads {', '.join(meta['sensors'])}, not "
                 f"`{self.sensor}` (select.sensor)"
             )
-        return Start(name, folder, meta["weights_sha256"])
+        return Start(name, found.folder, meta["weights_sha256"])
 
     @property
     def methods(self) -> list[Start]:

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ringmo.evaluation.calibration import BINS
 from ringmo.tasks.base import UNKNOWN, Evidence, Figures
 
-BINS = 15  # of confidence, from 0 to 1
 # Pixels that two boundaries may lie apart, centre to centre, and still be the same one.
 TOLERANCE = 2
 RATIO = 1.25

@@ -15,7 +15,7 @@ from ringmo import tasks
 from ringmo.config import Config, Sensor
 from ringmo.data import measures
 from ringmo.data.colours import visible
-from ringmo.data.loading import SelectedTiles, padded, square
+from ringmo.data.loading import SECOND, SelectedTiles, padded, square
 from ringmo.errors import BadInput
 from ringmo.evaluation import calibration, histogram, metrics, pictures
 from ringmo.evaluation.average_precision import IGNORED, RIGHT
@@ -378,9 +378,11 @@ def _answers(
     for sample in batches(model, samples, rows):
         answer = answered(model, sample, config.evaluate.flips)
         for at, row in enumerate(sample.rows):
-            image = visible(test.image(int(row)), sensor)
-            image = padded(np.repeat(image, 3, 2) if image.shape[2] == 1 else image)
-            sheets.append(kind.shown(image, answer, sample, at, samples.classes))
+            tiles = [test.image(int(row))]
+            if SECOND in kind.parts:
+                tiles.append(test.other(SECOND, int(row)))
+            images = [_square(visible(tile, sensor)) for tile in tiles]
+            sheets.append(kind.shown(images, answer, sample, at, samples.classes))
     unit = kind.unit(kind.metric)
     said = [
         f"{-quality[row]:.2f} m off" if unit == "m" else f"quality {100 * quality[row]:.0f} %"
@@ -389,6 +391,11 @@ def _answers(
     sources = [str(test.table["source"].iloc[row]) for row in rows]
     captions = [f"{s}, {o}" for s, o in zip(said, sources, strict=True)]
     pictures.answers(path, sheets, captions, title, kind.legend(samples.classes))
+
+
+def _square(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture (H, W, 1 or 3) as a padded square (S, S, 3)."""
+    return padded(np.repeat(picture, 3, 2) if picture.shape[2] == 1 else picture)
 
 
 def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, Curve]]:

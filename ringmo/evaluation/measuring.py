@@ -77,7 +77,9 @@ def trivial(bundle: Bundle, train: SelectedTiles, tiles: SelectedTiles) -> Evide
     task = answers_of(bundle)
     parts = []
     for sample in batches(bundle, bundle.samples(tiles), np.arange(len(tiles))):
-        parts.append(task.evidence(task.trivial(train, sample, bundle.classes), sample))
+        parts.append(
+            task.evidence(task.trivial(train, sample, bundle.classes, bundle.settings), sample)
+        )
     return joined(parts) if parts else {}
 
 

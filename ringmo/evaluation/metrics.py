@@ -118,15 +118,6 @@ def interval(values: NDArray[np.float64]) -> Interval:
     return Interval(float(values[0]), float(low), float(high))
 
 
-def intervals(
-    measure: Measure, places: Sequence[str], samples: int, seed: int = 0
-) -> dict[str, Interval]:
-    """Figures by name, each with its interval when whole places are drawn with replacement."""
-    return {
-        name: interval(values) for name, values in drawn(measure, places, samples, seed).items()
-    }
-
-
 def over_trainings(values: Sequence[NDArray[np.float64]], seed: int = 0) -> NDArray[np.float64]:
     """The mean over S trainings with seeds of their own, which are drawn with replacement too.
 

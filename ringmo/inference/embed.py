@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo import console
-from ringmo.config import Config, Ingest, Sensor
+from ringmo.config import Config, Ingest
 from ringmo.data import scenes
 from ringmo.data.decode import Pixels, decode
 from ringmo.data.loading import cores, square
@@ -26,6 +26,7 @@ from ringmo.errors import BadInput
 from ringmo.inference.model import open_bundle
 from ringmo.inference.predict import find_images
 from ringmo.registry.bundle import Bundle, fit, read_size
+from ringmo.training.machine import choose_device
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def embed(config: Config, workspace: Workspace, source: str, ref: str, out: Path
             written.
         Unreachable: MLflow does not answer.
     """
-    bundle = open_bundle(ref, best_device(), workspace.root)
+    bundle = open_bundle(ref, str(choose_device(config.hardware)), workspace.root)
     if source == STORE:
         reading, tiles = of_store(workspace, bundle)
     else:
@@ -145,12 +146,6 @@ def text(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # Tiles of a source
 
 
@@ -159,7 +154,7 @@ def of_files(
 ) -> tuple[Reading, Iterator[Tile]]:
     """The tiles of image files; large ones in windows."""
     reading = Reading(len(paths))
-    sensors = sensors_of(bundle)
+    sensors = bundle.sensors
 
     def look(path: Path) -> tuple[scenes.Look, Tile | None]:
         found = scenes.look(path, ingest, sensors)
@@ -246,10 +241,6 @@ def manifest(workspace: Workspace, names: Iterable[str]) -> "pyarrow.Table":
 def source_of(row: Mapping[str, Any]) -> str:
     """Where a tile of the store is from, of its row of the manifest."""
     return f"{row['source_root'].rstrip('/')}/{row['source']}"
-
-
-def sensors_of(bundle: Bundle) -> dict[str, Sensor]:
-    return {name: Sensor.model_validate(of) for name, of in bundle.meta["sensors"].items()}
 
 
 def _of_file(path: Path, sensor: str, tile: scenes.Tile, bundle: Bundle) -> Tile:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ringmo.config import Sensor
 from ringmo.data.decode import Pixels, decode
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Encoder, one_of
@@ -25,7 +24,6 @@ from ringmo.registry.bundle import load as load_bundle
 from ringmo.tasks.base import SECOND
 from ringmo.workspace import Workspace
 
-ENCODER = "encoder"
 NAME = re.compile(r"[a-z][a-z0-9_-]*(@[a-z]+|/\d+)")
 
 # Pixels (H, W, bands), or the file that they are in.
@@ -45,9 +43,7 @@ class TrainedModel(nn.Module):
         super().__init__()
         self._bundle = bundle
         self.model, self.meta, self.hash = bundle.model, bundle.meta, bundle.hash
-        self.sensors = {
-            name: Sensor.model_validate(sensor) for name, sensor in self.meta["sensors"].items()
-        }
+        self.sensors = bundle.sensors
         self.normal = nn.ModuleDict(
             {name: Normal(sensor, bundle.device) for name, sensor in self.sensors.items()}
         )
@@ -62,9 +58,7 @@ class TrainedModel(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """What reads normalised images: `normalise` makes them, `features` does both."""
-        trunk = self.model if self.meta["kind"] == ENCODER else self.model.encoder
-        assert isinstance(trunk, Encoder)
-        return trunk
+        return self._bundle.encoder
 
     @property
     def image_size(self) -> int:
@@ -89,12 +83,10 @@ class TrainedModel(nn.Module):
         """
         if not isinstance(images, Mapping):
             images = {self._one_of(sensor): images}
-        if self.meta["kind"] == ENCODER:
+        if self._bundle.task is None:
             (name,) = images
             return self.features(images[name], name)
         normal = {name: self.normalise(image, name) for name, image in images.items()}
-        if self.meta["kind"] == "scene" and len(normal) == 1:
-            return self.model(*normal.values())
         return self.model(normal)
 
     def features(self, images: Tensor, sensor: str | None = None) -> Tensor:

@@ -193,6 +193,8 @@ def _not_read(answers: list[dict[str, Any]]) -> list[str]:
 def _read(paths: dict[str | None, Path], bundle: Any) -> Any:
     """Pixels (H, W, bands) by what they are of, or the reason why there are none."""
     from ringmo.data.decode import decode
+    from ringmo.inference.whole_images import check_sizes
+    from ringmo.registry.bundle import fit
 
     first = next(iter(bundle.sensors))
     pixels = {}
@@ -202,22 +204,16 @@ def _read(paths: dict[str | None, Path], bundle: Any) -> Any:
             raise BadInput(f"--with {name}: this model reads {', '.join(bundle.sensors)}")
         try:
             image = decode(path.read_bytes())
-            pixels[name or first] = _fit(image, bundle.meta["sensors"][of])
+            pixels[name or first] = fit(image, bundle.meta["sensors"][of])
         except BadInput as error:
             return str(error) if name is None else f"{path}: {error}"
         except OSError as error:
             return str(error.strerror)
-    sizes = {image.shape[:2] for image in pixels.values()}
-    if len(sizes) > 1:
-        said = ", ".join(f"{n} {i.shape[1]}x{i.shape[0]}" for n, i in pixels.items())
-        return f"images of one ground are of one size, found {said} pixels"
+    try:
+        check_sizes(pixels)
+    except BadInput as error:
+        return str(error)
     return pixels
-
-
-def _fit(image: Any, sensor: dict[str, Any]) -> Any:
-    from ringmo.registry.bundle import fit
-
-    return fit(image, sensor)
 
 
 def _best(probabilities: Any, classes: list[str], top: int) -> dict[str, Any]:

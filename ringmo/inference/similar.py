@@ -22,21 +22,21 @@ from ringmo.config import Config, Sensor
 from ringmo.data import scenes, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import Pixels, decode
+from ringmo.data.page import save
 from ringmo.data.store import TileStore
 from ringmo.errors import BadInput
 from ringmo.inference.embed import (
     MODEL_KEY,
     NEEDED,
     Writer,
-    best_device,
     embedded,
     manifest,
     of_store,
-    sensors_of,
     source_of,
 )
 from ringmo.inference.model import open_bundle
 from ringmo.registry.bundle import Bundle
+from ringmo.training.machine import choose_device
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def similar(
     """
     if top < 1:
         raise BadInput(f"--top {top}: at least 1")
-    bundle = open_bundle(ref, best_device(), workspace.root)
+    bundle = open_bundle(ref, str(choose_device(config.hardware)), workspace.root)
     sensor, pixels = _query(config, image, bundle)
     vector = bundle.embed([pixels], sensor=sensor)[0]
     if among is None:
@@ -104,7 +104,7 @@ def similar(
     page = (out or workspace.state / "similar.html").resolve()
     pictures = _pictures(workspace, bundle, found, known)
     about = f"{searched:,} tiles of {among or 'the store'}, model {bundle.hash[:12]}"
-    query = _picture(pixels, sensors_of(bundle)[sensor])
+    query = _picture(pixels, bundle.sensors[sensor])
     _write(
         page, image, query, found, pictures, about + (f", data {version[:8]}" if version else "")
     )
@@ -144,7 +144,7 @@ def _place(one: dict[str, Any]) -> str:
 
 def _query(config: Config, image: Path, bundle: Bundle) -> tuple[str, Pixels]:
     try:
-        look = scenes.look(image, config.ingest, sensors_of(bundle))
+        look = scenes.look(image, config.ingest, bundle.sensors)
     except OSError as error:
         raise BadInput(f"{image}: {error.strerror}") from None
     except BadInput as error:
@@ -302,7 +302,7 @@ def _pictures(
     known: "pyarrow.Table | None",
 ) -> list[str]:
     """Each tile as inline HTML: from the store, or else from the file that it is a window of."""
-    tiles, sensors, shown = TileStore(workspace.store), sensors_of(bundle), []
+    tiles, sensors, shown = TileStore(workspace.store), bundle.sensors, []
     places = {}
     if known is not None:
         wanted = {one["key"] for one in found}
@@ -367,10 +367,4 @@ def _write(
         f"<p class=note>{escape(about)}. The score is the cosine of the features, 1 at most.</p>"
         f"<div class=sheet>{''.join(figures)}</div></html>"
     )
-    temporary = page.with_name(f".{page.name}.tmp")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(whole, encoding="utf-8")
-        temporary.replace(page)
-    except OSError as error:
-        raise BadInput(f"{page}: {error.strerror}") from None
+    save(page, whole)

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ringmo.data.decode import Pixels
 from ringmo.data.loading import padded, square
 from ringmo.errors import BadInput
-from ringmo.models.normal import Normal
-from ringmo.tasks.base import SECOND, Images, Task
+from ringmo.registry.bundle import read_size
+from ringmo.tasks.base import SECOND, Task
 
 if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle, Image
@@ -27,11 +26,11 @@ def predict(bundle: "Bundle", task: Task, images: Sequence["Image"], batch_size:
     told = [np.zeros((0, len(bundle.classes)), np.float32)]
     for start in range(0, len(named), batch_size):
         chunk = named[start : start + batch_size]
-        size = int(bundle.meta.get("resize") or bundle.meta["image_size"])
+        size = read_size(bundle.meta)
         batch = {
             name: torch.stack([square(image[name], size) for image in chunk]) for name in chunk[0]
         }
-        told.append(task.told(task.answer(bundle.model, _normal(bundle, batch)), bundle.classes))
+        told.append(task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes))
     return np.concatenate(told)
 
 
@@ -52,34 +51,32 @@ def _named(bundle: "Bundle", task: Task, image: "Image") -> dict[str, Pixels]:
     if missing := [name for name in wanted if name not in image]:
         raise BadInput(f"this model reads {' and '.join(wanted)}: {missing[0]} is missing")
     fitted = {n: bundle.fit(image[n], wanted[0] if n == SECOND else n) for n in wanted}
-    sizes = {pixels.shape[:2] for pixels in fitted.values()}
-    if len(sizes) > 1:
-        found = ", ".join(f"{n} {p.shape[1]}x{p.shape[0]}" for n, p in fitted.items())
-        raise BadInput(f"images of one ground are of one size, found {found} pixels")
+    check_sizes(fitted)
     return fitted
 
 
-def _normal(bundle: "Bundle", images: Mapping[str, Tensor]) -> Images:
-    sensors, first = bundle.sensors, next(iter(bundle.sensors))
-    return {
-        name: Normal(sensors[first if name == SECOND else name], bundle.device)(
-            of.to(bundle.device)
-        )
-        for name, of in images.items()
-    }
+def check_sizes(images: Mapping[str, Pixels]) -> None:
+    """That images of one ground, (H, W, bands), are of one size.
+
+    Raises:
+        BadInput: they are not.
+    """
+    if len({pixels.shape[:2] for pixels in images.values()}) > 1:
+        found = ", ".join(f"{n} {p.shape[1]}x{p.shape[0]}" for n, p in images.items())
+        raise BadInput(f"images of one ground are of one size, found {found} pixels")
 
 
 def _of_one(bundle: "Bundle", task: Task, image: Mapping[str, Pixels]) -> dict[str, Any]:
     """One image at the scale that the model learnt at, padded to a square, and back."""
     height, width = next(iter(image.values())).shape[:2]
-    resize = int(bundle.meta.get("resize") or bundle.meta["image_size"])
+    resize = read_size(bundle.meta)
     scale = resize / int(bundle.meta.get("tile_pixels") or resize)
     side = max(round(max(height, width) * scale), bundle.encoder.image_size)
     batch = {}
     for name, pixels in image.items():
         whole = padded(_at_least(pixels, bundle.encoder.image_size / scale))
         batch[name] = square(whole, side)[None]
-    (told,) = task.told(task.answer(bundle.model, _normal(bundle, batch)), bundle.classes)
+    (told,) = task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes)
     factor = max(height, width, bundle.encoder.image_size / scale) / side
     return {
         name: _of_boxes(value, factor, height, width)

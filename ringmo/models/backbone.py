@@ -345,7 +345,7 @@ def transfer(
             (kept if stem and stem[1] in fresh else missing).append(name)
         elif source.shape == target.shape and _same_kind(source, target):
             taken[name] = source
-        elif (table := _resized(name, source, target)) is not None:
+        elif (table := fitted_table(name, source, target)) is not None:
             taken[name] = table
             resized.append(name)
         else:
@@ -380,15 +380,15 @@ def transfer(
 _STEM = re.compile(r"(?:^|\.)stems\.([^.]+)\.")
 # What timm's models and pre-training have above the trunk.
 _HEAD = re.compile(r"(head|fc_norm|head_drop|decoders|lbp_decoders|mask_token)(\.|$)")
-_SHARED = f"rel_pos_bias.{TABLE}"
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 
 
 def _unshared(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` with a shared position table copied to each block that has one of its own."""
     given = dict(weights)
     for name, table in weights.items():
-        if name.endswith(_SHARED) and name not in own:
-            start = re.escape(name.removesuffix(_SHARED))
+        if name.endswith(SHARED_TABLE) and name not in own:
+            start = re.escape(name.removesuffix(SHARED_TABLE))
             block = re.compile(rf"{start}blocks\.\d+\.attn\.{TABLE}")
             copies = {other: table for other in own if block.fullmatch(other)}
             if copies and not copies.keys() & given.keys():
@@ -401,7 +401,7 @@ def _same_kind(source: Tensor, target: Tensor) -> bool:
     return source.is_floating_point() == target.is_floating_point()
 
 
-def _resized(name: str, source: Tensor, target: Tensor) -> Tensor | None:
+def fitted_table(name: str, source: Tensor, target: Tensor) -> Tensor | None:
     """A position table at the size of `target`; None for what is no such table."""
     if not name.endswith(TABLE) or source.shape[1:] != target.shape[1:]:
         return None

@@ -82,7 +82,7 @@ def image_list(images: Images) -> ImageList:
     return ImageList(first, [(int(height), int(width))] * len(first))
 
 
-class Proposals(RegionProposalNetwork):  # type: ignore[misc]
+class Proposals(RegionProposalNetwork):  # type: ignore[misc]  # torchvision has no types
     """torchvision's, with a loss in which each image counts the same."""
 
     def __init__(self, maps: Maps, head: nn.Module | None = None, overlap: float = 0.7) -> None:
@@ -117,7 +117,7 @@ class Proposals(RegionProposalNetwork):  # type: ignore[misc]
         return (said * weight).sum(), (off * weight).sum()
 
 
-class Heads(RoIHeads):  # type: ignore[misc]
+class Heads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
     """torchvision's, with a loss in which each image counts the same."""
 
     def __init__(self, maps: Maps, classes: int) -> None:

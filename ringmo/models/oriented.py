@@ -239,8 +239,8 @@ class OrientedHeads(nn.Module):
     def answers(self, maps: dict[str, Tensor], proposals: list[Tensor]) -> list[dict[str, Tensor]]:
         logits, values = self.said(maps, proposals)
         counts = [len(own) for own in proposals]
-        every = corrected(values, torch.cat(proposals)).split(counts)  # type: ignore[no-untyped-call]
-        likely = logits.softmax(-1)[:, 1:].split(counts)  # type: ignore[no-untyped-call]
+        every = torch.split(corrected(values, torch.cat(proposals)), counts)
+        likely = torch.split(logits.softmax(-1)[:, 1:], counts)
         found = []
         for boxes, scores in zip(every, likely, strict=True):
             row, label = (scores > SCORE_FLOOR).nonzero().unbind(1)

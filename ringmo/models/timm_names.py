@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from ringmo.config import Model
 from ringmo.errors import BadInput
-from ringmo.models.backbone import LAYER_SCALE, TABLE, one_of
-from ringmo.models.position import resized_table, sine_cosine, table_sides
+from ringmo.models.backbone import LAYER_SCALE, SHARED_TABLE, TABLE, fitted_table, one_of
+from ringmo.models.position import sine_cosine
 from ringmo.models.stem import PiConvStem
 
-SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 FIRST = "patch_embed.convolutions.0"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of params.yaml's sensor rgb, over 255
 
@@ -81,7 +80,7 @@ class PiConvEmbed(PiConvStem):
         return tokens.flatten(1, 2) if self.output_fmt == "NLC" else tokens
 
 
-class RingMoSwin(SwinTransformer):  # type: ignore[misc]
+class RingMoSwin(SwinTransformer):  # type: ignore[misc]  # timm has no types
     """timm's Swin with RingMo's stem. Arguments are timm's.
 
     Args:
@@ -94,7 +93,7 @@ class RingMoSwin(SwinTransformer):  # type: ignore[misc]
         self.register_load_state_dict_pre_hook(_renamed)
 
 
-class RingMoViT(Beit):  # type: ignore[misc]
+class RingMoViT(Beit):  # type: ignore[misc]  # timm has no types
     """timm's BEiT with RingMo's stem: relative positions a block, no absolute ones, LayerScale.
 
     The features are normalised before they are averaged, as RingMo's are, not after as BEiT's.
@@ -176,13 +175,13 @@ def from_bundle(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def _resized(name: str, table: Tensor, target: Tensor) -> Tensor:
-    have, want = table_sides(len(table)), table_sides(len(target))
-    if have is None or want is None or have[1] != want[1] or table.shape[1:] != target.shape[1:]:
+    fitting = fitted_table(name, table, target)
+    if fitting is None:
         raise BadInput(
             f"weight {name} is {tuple(table.shape)} in the bundle and {tuple(target.shape)} in "
             f"the model: another architecture, or windows that are no squares"
         )
-    return resized_table(table, want[0])
+    return fitting
 
 
 def _timm_named(weights: Mapping[str, Tensor], sensor: str | None) -> dict[str, Tensor]:

@@ -201,13 +201,17 @@ class Bundle:
         except BadInput as error:
             raise BadInput(f"an image of shape {image.shape}: {error}") from None
 
+    def normalised(self, images: Mapping[str, Tensor]) -> Images:
+        """Images (B, bands, S, S), as decoded, by what they are of, as the model reads them."""
+        return _normalised(self.meta, images, self.device)
+
     def check_example(self) -> None:
         """Whether the model, here and now, gives the answer that it gave when it was made.
 
         Raises:
             BadInput: it does not, within 1e-4 of the largest number.
         """
-        images = _normal(self.meta, _example_images(self.example, self.meta), self.device)
+        images = self.normalised(_example_images(self.example, self.meta))
         answer = _signature(self.model, self.meta, images)
         was = self.example[EXAMPLE_ANSWER]
         difference = float((answer - was).abs().max()) / max(1.0, float(was.abs().max()))
@@ -236,14 +240,14 @@ def features(
     return mean.cpu().numpy()
 
 
-def _normal(
+def _normalised(
     meta: Mapping[str, Any], images: Mapping[str, Tensor], device: torch.device | str
 ) -> Images:
-    """Images (bands, S, S) as a model reads them, a batch of one."""
+    """Images (B, bands, S, S), as decoded, as a model reads them."""
     normal = {}
     for name, image in images.items():
         sensor = Sensor.model_validate(meta["sensors"][meta["sensor"] if name == SECOND else name])
-        normal[name] = Normal(sensor, device)(image[None].to(device))
+        normal[name] = Normal(sensor, device)(image.to(device))
     return normal
 
 
@@ -258,13 +262,13 @@ def _signature(model: nn.Module, meta: Mapping[str, Any], images: Images) -> Ten
 
 
 def _example_images(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The example's images, by what they are of."""
+    """The example's images, a batch of one each, by what they are of."""
     named = {
-        name.removeprefix(f"{EXAMPLE_IMAGE}."): tensor
+        name.removeprefix(f"{EXAMPLE_IMAGE}."): tensor[None]
         for name, tensor in tensors.items()
         if name.startswith(f"{EXAMPLE_IMAGE}.")
     }
-    return {meta["example"]["sensor"]: tensors[EXAMPLE_IMAGE], **named}
+    return {meta["example"]["sensor"]: tensors[EXAMPLE_IMAGE][None], **named}
 
 
 def fit(image: Pixels, sensor: Mapping[str, Any]) -> Pixels:
@@ -321,7 +325,8 @@ def write(
         whole = meta["kind"] != ENCODER and tasks.find(meta["kind"]).padded
         small[name] = square(padded(pixels) if whole else pixels, read_size(meta))
         tensors[EXAMPLE_IMAGE + (f".{name}" if name != sensor else "")] = small[name]
-    answered = _signature(model, meta, _normal({**meta, "sensor": sensor}, small, device))
+    batch = {name: image[None] for name, image in small.items()}
+    answered = _signature(model, meta, _normalised({**meta, "sensor": sensor}, batch, device))
     tensors[EXAMPLE_ANSWER] = answered.contiguous()
     data = to_bytes(tensors)
     temporary = folder / f".{WEIGHTS}.tmp"

@@ -49,13 +49,14 @@ class Objects:
 
     @property
     def boxes(self) -> Tensor:
-        """What the corners span: float32 (n, 4), left, top, right, bottom."""
-        if not len(self.corners):
-            return self.corners.new_zeros((0, 4))
-        return torch.cat((self.corners.amin(1), self.corners.amax(1)), 1)
+        return spans(self.corners)
 
-    def to(self, device: torch.device | str) -> "Objects":
-        return Objects(self.corners.to(device), self.labels.to(device), self.difficult.to(device))
+
+def spans(corners: Tensor) -> Tensor:
+    """What corners (n, 4, 2) span: (n, 4), left, top, right, bottom."""
+    if not len(corners):
+        return corners.new_zeros((0, 4))
+    return torch.cat((corners.amin(1), corners.amax(1)), 1)
 
 
 @dataclass
@@ -134,6 +135,10 @@ class Task(ABC):
         Reads `Images` of the encoder's own image size.
         """
 
+    def mask_names(self, tiles: "SelectedTiles") -> list[list[str]]:
+        """The classes of each tile's mask, by the mask's own numbers."""
+        return [[str(name) for name in names] for names in tiles.table["mask_names"]]
+
     def prepare(  # noqa: B027  # most tasks have nothing to do
         self, model: Any, train: "SelectedTiles", classes: Sequence[str], settings: "Finetune"
     ) -> None:
@@ -177,7 +182,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Any:
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Any:
         """The answer of somebody who has seen the training labels and never looks at the image.
 
         The commonest class, no change, no object, the mean height.
@@ -189,12 +200,18 @@ class Task(ABC):
 
     @abstractmethod
     def shown(
-        self, image: NDArray[np.uint8], answer: Any, sample: Sample, at: int, classes: Sequence[str]
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        answer: Any,
+        sample: Sample,
+        at: int,
+        classes: Sequence[str],
     ) -> list[NDArray[np.uint8]]:
         """Pictures (H, W, 3) of one tile side by side: what it is, and what the model says.
 
         Args:
-            image: (S, S, 3), for people. at: which of the sample's tiles.
+            images: the tile, and its later date where it has one: (S, S, 3), for people. at: which
+                of the sample's tiles.
         """
 
     def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ringmo.errors import BadInput
 from ringmo.evaluation import dense
-from ringmo.tasks.base import SECOND, UNKNOWN, Evidence, Figures, Sample
+from ringmo.tasks.base import UNKNOWN, Evidence, Figures, Sample
 from ringmo.tasks.dense import NOBODY_KNOWS, MaskTask, coloured, fitted
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class Change(MaskTask):
                 )
         return list(CLASSES)
 
-    def names(self, train: "SelectedTiles") -> list[list[str]]:
-        return [CLASSES] * len(train)
+    def mask_names(self, tiles: "SelectedTiles") -> list[list[str]]:
+        """A change is one whatever its coding calls it."""
+        return [CLASSES] * len(tiles)
 
     def model(self, encoder: "Encoder", classes: int, settings: "Finetune") -> nn.Module:
         from ringmo.models.upernet import Siamese
@@ -66,12 +67,23 @@ class Change(MaskTask):
         both = dense.mask_figures(evidence, classes, weights)
         return Figures(dense.object_figures(evidence, CHANGED, weights), both.classes)
 
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Tensor:
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Tensor:
         """Nothing changed."""
         return self.always(1 - CHANGED, sample, classes)
 
     def shown(
-        self, image: NDArray[np.uint8], answer: Any, sample: Sample, at: int, classes: Sequence[str]
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        answer: Any,
+        sample: Sample,
+        at: int,
+        classes: Sequence[str],
     ) -> list[NDArray[np.uint8]]:
         """Both dates, the mask, the answer, and what of it is right.
 
@@ -79,8 +91,7 @@ class Change(MaskTask):
         """
         assert sample.mask is not None
         truth, said = sample.mask[at].cpu().numpy(), answer[at].argmax(0).cpu().numpy()
-        image = fitted(image, sample.size)
-        dates = image, _later(image, sample, at)
+        dates = [fitted(image, sample.size) for image in images]
         return [*dates, coloured(truth), coloured(said), hits(truth, said)]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
@@ -96,22 +107,6 @@ def hits(truth: NDArray[Any], said: NDArray[Any]) -> NDArray[np.uint8]:
     picture[(truth == CHANGED) & (said != CHANGED)] = MISSED
     picture[truth == UNKNOWN] = NOBODY_KNOWS
     return picture
-
-
-def _later(image: NDArray[np.uint8], sample: Sample, at: int) -> NDArray[np.uint8]:
-    """The second date as people see the first.
-
-    A picture's colours are its normalised bands, scaled and shifted, whatever the sensor: how is
-    found from the first date, by least squares.
-    """
-    first = next(of for name, of in sample.images.items() if name != SECOND)
-    before, after = (
-        nn.functional.pad(of[at].flatten(1).T.double().cpu(), (0, 1), value=1.0).numpy()
-        for of in (first, sample.images[SECOND])
-    )
-    scale, *_ = np.linalg.lstsq(before, image.reshape(-1, 3).astype(np.float64), rcond=None)
-    shown: NDArray[np.float64] = np.rint(np.clip(after @ scale, 0, 255))
-    return shown.astype(np.uint8).reshape(image.shape)
 
 
 TASK = Change()

@@ -2,7 +2,7 @@
 
 import colorsys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -58,17 +58,9 @@ def windowed(answer: Any, images: Mapping[str, Tensor], size: int) -> Tensor:
     """
     count, side = len(next(iter(images.values()))), next(iter(images.values())).shape[-1]
     starts = window_starts(side, size)
-    places = [(i, top, left) for i in range(count) for top in starts for left in starts]
     total: Tensor | None = None
     weights: Tensor | None = None
-    for first in range(0, len(places), TOGETHER):
-        some = places[first : first + TOGETHER]
-        cut = {
-            name: torch.stack(
-                [of[i, :, top : top + size, left : left + size] for i, top, left in some]
-            )
-            for name, of in images.items()
-        }
+    for some, cut in windows(images, size):
         said = answer(cut)
         if total is None or weights is None:
             total = said.new_zeros((count, *said.shape[1:-2], side, side))
@@ -76,13 +68,42 @@ def windowed(answer: Any, images: Mapping[str, Tensor], size: int) -> Tensor:
             at = (torch.arange(size, device=said.device) + 0.5) / size
             rise = torch.sin(at * torch.pi) ** 2
             weight = rise[:, None] * rise
-        for (i, top, left), each in zip(some, said, strict=True):
+        for (i, row, column), each in zip(some, said, strict=True):
+            top, left = starts[row], starts[column]
             place = (..., slice(top, top + size), slice(left, left + size))
             total[i][place] += each * weight
             weights[i][place] += weight
     assert total is not None and weights is not None
     middle = (1,) * (total.ndim - 3)
     return total / weights.view(count, *middle, side, side)
+
+
+def windows(
+    images: Mapping[str, Tensor], size: int
+) -> Iterator[tuple[list[tuple[int, int, int]], Images]]:
+    """Windows of images (B, bands, S, S), TOGETHER at a time, as images of `size`.
+
+    Yields:
+        Of each window its image, and its row and column among `window_starts`; and the windows.
+    """
+    first = next(iter(images.values()))
+    starts = window_starts(first.shape[-1], size)
+    steps = range(len(starts))
+    places = [(i, row, column) for i in range(len(first)) for row in steps for column in steps]
+    for begin in range(0, len(places), TOGETHER):
+        some = places[begin : begin + TOGETHER]
+        yield (
+            some,
+            {
+                name: torch.stack(
+                    [
+                        of[i, :, starts[r] : starts[r] + size, starts[c] : starts[c] + size]
+                        for i, r, c in some
+                    ]
+                )
+                for name, of in images.items()
+            },
+        )
 
 
 def window_starts(side: int, size: int) -> list[int]:
@@ -101,15 +122,11 @@ class MaskTask(DenseTask):
         "mask_names": "strings",
     }
 
-    @abstractmethod
-    def names(self, train: "SelectedTiles") -> list[list[str]]:
-        """The classes of each tile's mask, by the mask's own numbers."""
-
     def pixels(self, train: "SelectedTiles", classes: Sequence[str]) -> NDArray[np.int64]:
         """How many pixels of the training tiles each class has: (classes,)."""
         number = {name: i for i, name in enumerate(classes)}
         total = np.zeros(len(classes), np.int64)
-        for names, counts in zip(self.names(train), train.table["mask_counts"], strict=True):
+        for names, counts in zip(self.mask_names(train), train.table["mask_counts"], strict=True):
             # Its last count is of what nobody knows.
             for name, count in zip(names, counts[:-1], strict=False):
                 total[number[name]] += int(count)

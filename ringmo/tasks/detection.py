@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ringmo.evaluation.average_precision import Curves, mean
-from ringmo.tasks.base import Objects
+from ringmo.tasks.base import Objects, spans
 from ringmo.tasks.objects import Found, ObjectTask
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Detection(ObjectTask):
     def overlap(self, first: Tensor, second: Tensor) -> Tensor:
         from torchvision.ops import box_iou
 
-        overlap: Tensor = box_iou(_spans(first), _spans(second))
+        overlap: Tensor = box_iou(spans(first), spans(second))
         return overlap
 
     def single(self, found: Found) -> Tensor:
@@ -54,7 +54,7 @@ class Detection(ObjectTask):
         return kept
 
     def areas(self, corners: Tensor) -> Tensor:
-        boxes = _spans(corners)
+        boxes = spans(corners)
         return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
     def whole(self, curves: Curves) -> tuple[dict[str, float], NDArray[np.float64]]:
@@ -68,11 +68,6 @@ class Detection(ObjectTask):
             },
         }
         return figures, precise[0, 0]
-
-
-def _spans(corners: Tensor) -> Tensor:
-    labels = torch.zeros(len(corners), dtype=torch.int64, device=corners.device)
-    return Objects(corners, labels, labels > 0).boxes
 
 
 TASK = Detection()

@@ -86,15 +86,16 @@ class Height(DenseTask):
     ) -> Figures:
         return Figures(dense.height_figures(evidence, weights))
 
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Tensor:
-        """The mean of the training tiles' heights.
-
-        Above the lowest of each tile, where the sample's are: then the lowest of each is 0.
-        """
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Tensor:
+        """The mean of the training tiles' heights."""
         assert sample.height is not None
-        lowest = torch.where(sample.height.isnan(), torch.inf, sample.height).flatten(1).amin(1)
-        above = bool(((lowest == 0) | lowest.isinf()).all())
-        mean, _ = spread(train, "above_lowest" if above else "absolute")
+        mean, _ = spread(train, settings.heights)
         return torch.full_like(sample.height, mean)
 
     def told(self, answer: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -102,14 +103,22 @@ class Height(DenseTask):
         return [{"height": height} for height in answer.cpu().numpy()]
 
     def shown(
-        self, image: NDArray[np.uint8], answer: Any, sample: Sample, at: int, classes: Sequence[str]
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        answer: Any,
+        sample: Sample,
+        at: int,
+        classes: Sequence[str],
     ) -> list[NDArray[np.uint8]]:
         """The image, its heights and the answer, from low (violet) to high (yellow)."""
         assert sample.height is not None
         truth, said = sample.height[at].cpu().numpy(), answer[at].cpu().numpy()
         known = truth[~np.isnan(truth)]
         low, high = np.percentile(known if known.size else said, (2, 98))
-        return [fitted(image, sample.size), *(_coloured(each, low, high) for each in (truth, said))]
+        return [
+            fitted(images[0], sample.size),
+            *(_coloured(each, low, high) for each in (truth, said)),
+        ]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """Each tile's mean absolute error, in metres, below 0."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from ringmo.errors import BadInput
 from ringmo.evaluation import average_precision
 from ringmo.evaluation.average_precision import RIGHT, WRONG, Curves
-from ringmo.tasks.base import Evidence, Figures, Images, Objects, Sample, Task
-from ringmo.tasks.dense import TOGETHER, colour, window_starts
+from ringmo.tasks.base import Evidence, Figures, Images, Objects, Sample, Task, spans
+from ringmo.tasks.dense import colour, window_starts, windows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,7 @@ class Found:
 
     @property
     def boxes(self) -> Tensor:
-        """What the corners span: float32 (n, 4), left, top, right, bottom."""
-        return Objects(self.corners, self.labels, self.labels > 0).boxes
+        return spans(self.corners)
 
     def taken(self, which: Tensor) -> "Found":
         return Found(self.corners[which], self.scores[which], self.labels[which], self.size)
@@ -125,23 +124,8 @@ class ObjectTask(Task):
         What a window's edge cuts and its neighbour sees whole is the neighbour's to say.
         """
         starts = window_starts(side, size)
-        count = len(next(iter(images.values())))
-        steps = range(len(starts))
-        places = [
-            (image, row, column) for image in range(count) for row in steps for column in steps
-        ]
-        parts: list[list[Found]] = [[] for _ in range(count)]
-        for first in range(0, len(places), TOGETHER):
-            some = places[first : first + TOGETHER]
-            cut = {
-                name: torch.stack(
-                    [
-                        of[i, :, starts[r] : starts[r] + size, starts[c] : starts[c] + size]
-                        for i, r, c in some
-                    ]
-                )
-                for name, of in images.items()
-            }
+        parts: list[list[Found]] = [[] for _ in next(iter(images.values()))]
+        for some, cut in windows(images, size):
             for (image, row, column), said in zip(some, model(cut), strict=True):
                 found = self._found(said, side)
                 corner = found.corners.new_tensor([starts[column], starts[row]])
@@ -211,7 +195,13 @@ class ObjectTask(Task):
         ]
         return Figures(whole, rows)
 
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Answer:
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Answer:
         """No object anywhere: what may be where cannot be known without a look."""
         like = next(iter(sample.images.values()))
         none = Found(
@@ -252,7 +242,7 @@ class ObjectTask(Task):
 
     def shown(
         self,
-        image: NDArray[np.uint8],
+        images: Sequence[NDArray[np.uint8]],
         answer: Answer,
         sample: Sample,
         at: int,
@@ -272,8 +262,8 @@ class ObjectTask(Task):
         over &= true.labels.cpu()[:, None] == found.labels.cpu()
         missed = ~(over & right).any(1).numpy() & ~true.difficult.cpu().numpy()
         return [
-            drawn(image, true.corners, true.labels, missed, found.size),
-            drawn(image, found.corners, found.labels, wrong, found.size),
+            drawn(images[0], true.corners, true.labels, missed, found.size),
+            drawn(images[0], found.corners, found.labels, wrong, found.size),
         ]
 
     def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:

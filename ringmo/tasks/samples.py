@@ -1,6 +1,6 @@
 """Batches of tiles as a task's samples: images normalised, labels in the task's classes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Samples:
     Args:
         classes: of the model, by number.
         sensors: those that the model reads, with numbers for mean and std; the tiles' own first.
+        upload: brings a CPU tensor to the device; in a training so that the host does not wait.
         heights: `above_lowest`: heights are those above the lowest of their tile.
     """
 
@@ -47,8 +48,10 @@ class Samples:
         device: torch.device | str,
         heights: str = "absolute",
         multi_label: bool = False,
+        upload: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.task, self.tiles, self.device = task, tiles, torch.device(device)
+        self.task, self.tiles = task, tiles
+        self.upload = upload or (lambda tensor: tensor.to(device))
         self.normals = {name: Normal(sensor, device) for name, sensor in sensors.items()}
         self.sensor = next(iter(sensors))
         self.heights, self.multi_label = heights, multi_label
@@ -63,8 +66,8 @@ class Samples:
         table, task = self.tiles.table, self.task
         if "label" in task.parts:
             return {name for label in table["label"] for name in self._split(str(label))}
-        if MASK in task.parts and task.name != "change":
-            return {str(name) for names in table["mask_names"] for name in names}
+        if MASK in task.parts:
+            return {name for names in task.mask_names(self.tiles) for name in names}
         if BOXES in task.parts:
             return {str(name) for names in table["boxes_classes"] for name in names}
         return set()
@@ -83,16 +86,14 @@ class Samples:
     def _all_codings(self) -> tuple[Tensor, NDArray[np.int64]]:
         """For each coding its classes' numbers in the task, (codings, 256); and each tile's."""
         table = self.tiles.table
-        names = list(dict.fromkeys(table["mask_coding"]))
-        numbers = torch.full((len(names), 256), UNKNOWN, dtype=torch.int64)
-        of_tile = table["mask_coding"].map({name: i for i, name in enumerate(names)})
-        for i in range(len(names)):
-            known = table["mask_names"].iloc[int((of_tile == i).to_numpy().argmax())]
-            for number, name in enumerate(known):
-                # A change is one whatever its coding calls it.
-                changed = self.task.name == "change"
-                numbers[i, number] = number if changed else self.number[str(name)]
-        return numbers.to(self.device), of_tile.to_numpy(np.int64)
+        codings = list(dict.fromkeys(table["mask_coding"]))
+        numbers = torch.full((len(codings), 256), UNKNOWN, dtype=torch.int64)
+        of_tile = table["mask_coding"].map({name: i for i, name in enumerate(codings)})
+        names = self.task.mask_names(self.tiles)
+        for i in range(len(codings)):
+            for number, name in enumerate(names[int((of_tile == i).to_numpy().argmax())]):
+                numbers[i, number] = self.number[name]
+        return self.upload(numbers), of_tile.to_numpy(np.int64)
 
     def batches(self, size: int, batch_size: int = 64) -> Iterator[Sample]:
         """All tiles, whole, at this size, in the selection's order."""
@@ -102,17 +103,15 @@ class Samples:
     def whole(self, batch: Batch) -> Sample:
         """A batch as it is, at its size."""
         size = batch.images.shape[-1]
-        parts = {name: part.to(self.device) for name, part in batch.parts.items()}
-        images = self.normal(batch.images.to(self.device), parts)
+        parts = {name: self.upload(part) for name, part in batch.parts.items()}
+        images = self.normal(self.upload(batch.images), parts)
         sample = Sample(images, batch.rows, self.labels(batch.rows))
         if MASK in parts:
             sample.mask = self.masks(parts[MASK][:, 0], batch.rows)
         if HEIGHT in parts:
             sample.height = self.above(parts[HEIGHT][:, 0])
         if BOXES in self.task.parts:
-            sample.objects = [self.objects(int(row)).to(self.device) for row in batch.rows]
-            for objects in sample.objects:
-                objects.corners = objects.corners * size
+            sample.objects = [self._shown(self.objects(int(row)), size) for row in batch.rows]
         return sample
 
     def cropped(
@@ -129,7 +128,7 @@ class Samples:
             images: (B, bands, size, size), in the tiles' units. parts: as of a `Batch`, on the
                 device. where: (B, 2, 3), of the crops, on the CPU.
         """
-        there = where.to(self.device)
+        there = self.upload(where) if parts else where
         ready = {n: cut(p, there, size) for n, p in parts.items() if n not in (MASK, HEIGHT)}
         sample = Sample(self.normal(images, ready), rows, self.labels(rows))
         if MASK in parts:
@@ -140,10 +139,15 @@ class Samples:
             sample.objects = []
             for row, at in zip(rows, where, strict=True):
                 found = self.objects(int(row))
-                corners = clockwise(cut_corners(found.corners, at)) * size
-                seen = within(Objects(corners, found.labels, found.difficult), size)
-                sample.objects.append(seen.to(self.device))
+                corners = clockwise(cut_corners(found.corners, at))
+                seen = within(Objects(corners, found.labels, found.difficult))
+                sample.objects.append(self._shown(seen, size))
         return sample
+
+    def _shown(self, objects: Objects, size: int) -> Objects:
+        """Objects on the device, in an image of so many pixels."""
+        labels, difficult = self.upload(objects.labels), self.upload(objects.difficult)
+        return Objects(self.upload(objects.corners) * size, labels, difficult)
 
     def normal(self, images: Tensor, parts: Mapping[str, Tensor]) -> Images:
         """Images (B, bands, S, S) and those of their parts, normalised, by what they are of."""
@@ -158,13 +162,13 @@ class Samples:
 
     def labels(self, rows: NDArray[np.int64]) -> Tensor | None:
         """float32 (B, classes), shares, with those that the model cannot know; on the device."""
-        return None if self._labels is None else self._labels[rows].to(self.device)
+        return None if self._labels is None else self.upload(self._labels[rows])
 
     def masks(self, numbers: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Numbers of codings (B, S, S) as the task's classes: int64."""
         assert self._codings is not None
         codings, of_tile = self._codings
-        known = codings[torch.from_numpy(of_tile[rows]).to(self.device)]
+        known = codings[self.upload(torch.from_numpy(of_tile[rows]))]
         return known.gather(1, numbers.long().flatten(1)).view(numbers.shape)
 
     def above(self, heights: Tensor) -> Tensor:
@@ -198,16 +202,16 @@ def clockwise(corners: Tensor) -> Tensor:
     return torch.where((twice < 0)[:, None, None], other_way, corners)
 
 
-def within(objects: Objects, size: int) -> Objects:
-    """The objects that an image of so many pixels shows: SEEN of what they span lies in it.
+def within(objects: Objects) -> Objects:
+    """The objects that an image shows: SEEN of what they span lies in it.
 
-    Their corners stay as they are, partly outside.
+    Their corners are shares of its side, and stay as they are, partly outside.
     """
     if not len(objects.corners):
         return objects
     boxes = objects.boxes
-    seen = boxes.clamp(0, size)
-    whole = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1e-6).prod(1)
+    seen = boxes.clamp(0, 1)
+    whole = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1e-9).prod(1)
     kept = (seen[:, 2:] - seen[:, :2]).prod(1) >= SEEN * whole
     return Objects(objects.corners[kept], objects.labels[kept], objects.difficult[kept])
 

@@ -162,9 +162,15 @@ class Scene(Task):
         ]
         return Figures(whole, rows)
 
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Tensor:
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Tensor:
         labels = [str(label) for label in train.table["label"]]
-        if any(label not in classes for label in labels):  # of several classes
+        if settings.multi_label:
             shares = [np.mean([name in classes_of(label) for label in labels]) for name in classes]
             said = torch.tensor(shares, dtype=torch.float32)
         else:
@@ -176,9 +182,14 @@ class Scene(Task):
         return answer.cpu().numpy()
 
     def shown(
-        self, image: NDArray[np.uint8], answer: Any, sample: Sample, at: int, classes: Sequence[str]
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        answer: Any,
+        sample: Sample,
+        at: int,
+        classes: Sequence[str],
     ) -> list[NDArray[np.uint8]]:
-        return [image]
+        return [images[0]]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
         """The probability of what is true, on average over its classes."""

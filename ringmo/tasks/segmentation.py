@@ -29,16 +29,13 @@ class Segmentation(MaskTask):
 
     def classes(self, train: "SelectedTiles", settings: "Finetune") -> list[str]:
         """Those that the training masks' codings have, in the order of the first, then new ones."""
-        names = list(dict.fromkeys(name for names in self.names(train) for name in names))
+        names = list(dict.fromkeys(name for names in self.mask_names(train) for name in names))
         if len(names) < 2:
             raise BadInput(
                 f"{len(train)} tiles with a mask to train on, of {len(names)} classes: put masks "
                 f"of two or more classes beside images, and ingest again"
             )
         return names
-
-    def names(self, train: "SelectedTiles") -> list[list[str]]:
-        return [[str(name) for name in names] for names in train.table["mask_names"]]
 
     def model(self, encoder: "Encoder", classes: int, settings: "Finetune") -> nn.Module:
         from ringmo.models.upernet import Dense
@@ -50,17 +47,28 @@ class Segmentation(MaskTask):
     ) -> Figures:
         return dense.mask_figures(evidence, classes, weights)
 
-    def trivial(self, train: "SelectedTiles", sample: Sample, classes: Sequence[str]) -> Tensor:
+    def trivial(
+        self,
+        train: "SelectedTiles",
+        sample: Sample,
+        classes: Sequence[str],
+        settings: "Finetune",
+    ) -> Tensor:
         """The class of most training pixels everywhere."""
         return self.always(int(self.pixels(train, classes).argmax()), sample, classes)
 
     def shown(
-        self, image: NDArray[np.uint8], answer: Any, sample: Sample, at: int, classes: Sequence[str]
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        answer: Any,
+        sample: Sample,
+        at: int,
+        classes: Sequence[str],
     ) -> list[NDArray[np.uint8]]:
         """The image, its mask, the answer."""
         assert sample.mask is not None
         truth, said = sample.mask[at].cpu().numpy(), answer[at].argmax(0).cpu().numpy()
-        return [fitted(image, sample.size), coloured(truth), coloured(said)]
+        return [fitted(images[0], sample.size), coloured(truth), coloured(said)]
 
     def legend(self, classes: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
         return [(name, colour(number)) for number, name in enumerate(classes)]

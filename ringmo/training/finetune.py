@@ -29,7 +29,7 @@ from ringmo.stage import REVISIONS, Report
 from ringmo.tasks.base import Evidence, Figures, Sample, Task, joined
 from ringmo.tasks.samples import Samples, made_up
 from ringmo.training import engine
-from ringmo.training.augmentation import erased, holes, mixed
+from ringmo.training.augmentation import cut, erased, holes, mixed
 from ringmo.training.engine import Trainer
 from ringmo.training.machine import Machine
 from ringmo.training.rand_augment import changes, rand_augment
@@ -138,7 +138,7 @@ def finetune(
     )
 
     def sampled(tiles: SelectedTiles) -> Samples:
-        how = settings.heights, settings.multi_label
+        how = settings.heights, settings.multi_label, machine.upload
         return Samples(kind, tiles, classes, sensors, machine.device, *how)
 
     samples, val_samples = sampled(train), sampled(val)
@@ -203,11 +203,11 @@ def augmented(trainer: Trainer, batch: engine.MicroBatch, samples: Samples) -> S
     """A batch as it is learnt: cropped and turned with its labels, perhaps mixed and covered."""
     settings, upload = trainer.settings, trainer.machine.upload
     assert isinstance(settings, configuration.Finetune)
-    size, images = settings.batch_size, trainer.augmented(batch)
+    size, where = settings.batch_size, trainer.where(batch)
+    images = cut(batch.images, upload(where), trainer.image_size)
     if settings.rand_augment:
         chosen = changes(size, settings.rand_augment, trainer.random(engine.CHANGES))
         images = rand_augment(images, chosen[batch.part], upload)
-    where = trainer.where(batch)
     sample = samples.cropped(images, batch.parts, batch.rows, where, trainer.image_size)
     if not (settings.random_erasing or settings.mixup or settings.cutmix):
         return sample

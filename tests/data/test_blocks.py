@@ -60,7 +60,7 @@ def by_position(rows: Any, axis: str = "col") -> dict[int, str]:
 )
 def test_shares_are_those_of_what_the_gaps_leave(count, size, stride, expected):
     start = np.arange(count) * float(stride)
-    train, val, val_end, test = _edges(start, start + size, 0.01, SHARES)  # type: ignore[misc]
+    train, val, val_end, test = _edges(start, start + size, 0.01, SHARES)
     end = start + size
     parts = (end <= train, (start >= val) & (end <= val_end), start >= test)
     assert tuple(int(part.sum()) for part in parts) == expected

@@ -123,7 +123,7 @@ def test_heights_come_back_exactly_and_say_where_they_lie(run, workspace, manife
     # Any reader of tar and TIFF finds them, placed.
     with tarfile.open(workspace.store / "tiles-000000.tar") as shard:
         name = next(n for n in shard.getnames() if n.endswith(".height.tif"))
-        data = shard.extractfile(name).read()  # type: ignore[union-attr]
+        data = shard.extractfile(name).read()
     with rasterio.open(io.BytesIO(data)) as raster:
         assert raster.crs.to_epsg() == 32631 and np.isnan(raster.nodata)
         key = name.split(".")[0]

@@ -45,7 +45,8 @@ def test_pretraining_sees_no_test_tile_and_no_label(run, choose, workspace, mani
     assert report.figures["labelled"] == len(scene) == 60
     (row,) = report.tables["tasks"]
     assert row["test"] == (scene["split"] == "test").sum() > 0
-    assert row == {"task": "scene", "tiles": 60, **scene["split"].value_counts().to_dict()}
+    splits = scene["split"].value_counts().to_dict()
+    assert row == {"task": "scene", "tiles": 60, **splits, "beside": []}
 
 
 def test_corrected_label_leaves_the_pretraining_selection_as_it_is(

@@ -175,7 +175,7 @@ def test_difficult_objects_are_neither_missed_nor_wrong() -> None:
     difficult = np.array([True, False])
     for matching in ("coco", "voc"):
         tile = boxes_tile(answers, scores, labels, truth, labels[:2], difficult)
-        made = ap.evidence([tile], matching)  # type: ignore[arg-type]
+        made = ap.evidence([tile], matching)
         assert made["objects"].tolist() == [1]
         assert made["object_outcome"][:, 0, 0].tolist() == [2, 2, 1, 0, 2, 1]
         area = ap.Ranked(made).curves().average_precision("area")

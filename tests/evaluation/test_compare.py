@@ -1,7 +1,6 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import made_store
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from ringmo import config
@@ -21,6 +19,8 @@ from ringmo.evaluation import compare
 from ringmo.registry import bundle
 from ringmo.stage import Report, run_stage
 from ringmo.training import engine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWO_BY_TWO = {
     "compare.initialisations": ["ringmo", "simmim", "scratch"],
@@ -41,15 +41,6 @@ ROWS = [
     *("RingMo", "SimMIM", "scratch", "scratch, equal total", "histograms", "without looking"),
 ]
 COLUMNS = ["k-NN", "linear", "2 labels", "6 labels"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The same evaluation for tasks with an answer for each pixel, from files to figures."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,20 @@ import ground
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from imagery import write_class_folders
 from PIL import Image
+from stages import taught
 
 from ringmo import config
 from ringmo.config import Config
 from ringmo.data.ingest import ingest
 from ringmo.data.selection import select
 from ringmo.evaluation import compare
-from ringmo.evaluation.evaluate import evaluate, score
+from ringmo.evaluation.evaluate import score
 from ringmo.registry import bundle
-from ringmo.stage import Report, run_stage
-from ringmo.training.finetune import finetune
-from ringmo.training.pretrain import pretrain
+from ringmo.stage import run_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PICTURES = {"best.png", "typical.png", "worst.png", "behaviour.png"}
 
 
@@ -45,33 +44,13 @@ def settings(task: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def prepared(workspace: Any, task: str, *folders: Path) -> Config:
     sources = {"ingest.sources": [str(folder) for folder in folders]}
     config.edit(workspace.params_file, {**settings(task), **sources})
     values = Config.load(workspace.params_file)
     ingest(values, workspace)
     run_stage(workspace, "select", lambda o: select(values, workspace, o))
-    run_stage(workspace, "pretrain", lambda o: pretrain(values, workspace, o))
     return values
-
-
-def evaluated(workspace: Any, values: Config, task: str) -> Report:
-    for stage, scratch in (("finetune", False), ("scratch", True)):
-
-        def train(out: Path, scratch: bool = scratch) -> Report:
-            return finetune(values, workspace, out, task, scratch)
-
-        run_stage(workspace, f"{stage}@{task}", train)
-    return run_stage(workspace, f"evaluate@{task}", lambda o: evaluate(values, workspace, o, task))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +67,7 @@ def test_from_files_to_figures_and_a_comparison(
     if scenes := task == "segmentation":
         folders.append(write_class_folders(tmp_path / "scenes", each=10))
     values = prepared(workspace, task, *folders)
-    report = evaluated(workspace, values, task)
+    report = taught(values, workspace, task)
     figures, folder = report.figures, workspace.work(f"evaluate@{task}")
     metric, lower = figures["metric"], task == "height"
     assert (metric, figures["unit"]) == (("mae", "m") if lower else ("miou", "%"))

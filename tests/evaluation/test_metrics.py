@@ -12,7 +12,6 @@ from ringmo.evaluation.metrics import (
     drawn,
     draws,
     interval,
-    intervals,
     mean_drawn,
     over_trainings,
 )
@@ -40,7 +39,7 @@ def share(values: np.ndarray) -> Measure:
 
 
 def of_share(values: np.ndarray, places: list[str], samples: int) -> Interval:
-    return intervals(share(values), places, samples)["share"]
+    return interval(drawn(share(values), places, samples)["share"])
 
 
 def test_interval_of_independent_tiles_is_the_binomial_one() -> None:
@@ -65,7 +64,7 @@ def test_one_place_says_nothing_of_how_sure_a_figure_is() -> None:
     def measure(weights: object) -> dict[str, float]:
         return {"figure": 0.8}
 
-    found = intervals(measure, ["strip"] * 8, 100)["figure"]
+    found = interval(drawn(measure, ["strip"] * 8, 100)["figure"])
     assert found.value == 0.8 and np.isnan([found.low, found.high]).all()
     of_mean = interval(mean_drawn(np.array([0.0, 1.0]), ["strip", "strip"], 100))
     assert of_mean.value == 0.5 and np.isnan([of_mean.low, of_mean.high]).all()

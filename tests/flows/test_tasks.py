@@ -18,6 +18,7 @@ import pytest
 from tiny import TINY
 
 from ringmo import config
+from ringmo.training import checkpoint
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
@@ -92,7 +93,7 @@ def test_tasks_train_side_by_side_and_each_has_its_champion(place: Workspace) ->
 
 
 def test_an_interrupted_run_leaves_no_training_behind(place: Workspace) -> None:
-    """Ctrl-C while two train side by side: both save and end, and the next run goes on."""
+    """Ctrl-C while two train side by side: both end, and have saved all that they did."""
     longer = [f"finetune.{task}.epochs=4000" for task in TASKS]
     process = subprocess.Popen(
         command(place, "run", "--set", *longer), stderr=subprocess.PIPE, text=True
@@ -120,7 +121,9 @@ def test_an_interrupted_run_leaves_no_training_behind(place: Workspace) -> None:
     ]
     assert not left, left
     for folder in training():
-        assert any((folder / "checkpoints").iterdir())
+        saved = checkpoint.read(folder / "checkpoints")
+        logged = [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
+        assert saved is not None and saved.step >= logged[-1]["step"] > 0
 
 
 def _line(process: psutil.Process) -> str:

@@ -28,7 +28,7 @@ def test_maps_have_the_channels_and_strides_they_promise(model: Model) -> None:
         for each, width, stride in zip(found, channels, strides, strict=True):
             side = -(-model.image_size // stride)
             assert each.shape == (2, width, side, side)
-    sum(each.square().sum() for each in maps).backward()  # type: ignore[union-attr]
+    sum(each.square().sum() for each in maps).backward()
     unused = [
         name
         for module in (made, pyramid)

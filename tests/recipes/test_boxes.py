@@ -12,19 +12,13 @@ import pytest
 import torch
 from conftest import REAL, REPOSITORY
 from PIL import Image, ImageDraw
+from stages import prepared, taught
 
 from ringmo import config
 from ringmo.config import Config
 from ringmo.data.boxes import read
-from ringmo.data.ingest import ingest
-from ringmo.data.selection import select
-from ringmo.data.validation import validate
-from ringmo.evaluation.evaluate import evaluate
 from ringmo.inference.predict import predict
 from ringmo.models.rotated import from_corners, pairwise_iou
-from ringmo.stage import run_stage
-from ringmo.training.finetune import finetune
-from ringmo.training.pretrain import pretrain
 from ringmo.workspace import init, template
 
 RSOD, DOTA = REAL / "detection" / "rsod", REAL / "detection" / "dota"
@@ -41,24 +35,13 @@ def parks(folder: Path, count: int) -> Path:
 def run(tmp_path: Path, recipe: str, task: str, **changes: Any) -> tuple[Any, Config, Any]:
     """All stages of a recipe with two epochs of each training; and the evaluation's report."""
     workspace = init(tmp_path / "workspace")
-    given = config.flatten(config.read_yaml(template("recipes") / f"{recipe}.yaml"))
+    given = config.recipe(template("recipes") / f"{recipe}.yaml")
     given |= SHORT | {f"finetune.{task}.epochs": 2, f"finetune.{task}.warmup_epochs": 1}
     config.edit(workspace.params_file, given | changes)
     values = Config.load(workspace.params_file)
     assert values.tasks == [task]
-    ingest(values, workspace)
-    assert run_stage(workspace, "validate", lambda out: validate(values, workspace, out)).ok
-    run_stage(workspace, "select", lambda out: select(values, workspace, out))
-    run_stage(workspace, "pretrain", lambda out: pretrain(values, workspace, out))
-    for stage, alone in (("finetune", False), ("scratch", True)):
-        run_stage(
-            workspace,
-            f"{stage}@{task}",
-            lambda out, alone=alone: finetune(values, workspace, out, task, alone),
-        )
-    report = run_stage(
-        workspace, f"evaluate@{task}", lambda out: evaluate(values, workspace, out, task)
-    )
+    prepared(values, workspace)
+    report = taught(values, workspace, task)
     assert report.figures["trivial_map50"] == 0
     assert 0 <= report.figures["test_map50"] <= 1
     folder = workspace.work(f"evaluate@{task}")

@@ -6,17 +6,11 @@ from typing import Any
 
 import pytest
 from conftest import REAL
+from stages import prepared, taught
 
 from ringmo import config, tasks
 from ringmo.config import Config
-from ringmo.data.ingest import ingest
-from ringmo.data.selection import select
-from ringmo.data.validation import validate
-from ringmo.evaluation.evaluate import evaluate
 from ringmo.inference.predict import predict
-from ringmo.stage import run_stage
-from ringmo.training.finetune import finetune
-from ringmo.training.pretrain import pretrain
 from ringmo.workspace import init, template
 
 RECIPES = sorted(path.stem for path in template("recipes").glob("*.yaml"))
@@ -50,21 +44,8 @@ def run(workspace: Any, recipe: str, source: Path, epochs: int, **more: Any) -> 
     changes |= {"ingest.sources": [str(source)], **SHORT, **length, **more}
     config.edit(workspace.params_file, changes)
     values = Config.load(workspace.params_file)
-    ingest(values, workspace)
-    checked = run_stage(workspace, "validate", lambda out: validate(values, workspace, out))
-    assert checked.ok
-    run_stage(workspace, "select", lambda out: select(values, workspace, out))
-    run_stage(workspace, "pretrain", lambda out: pretrain(values, workspace, out))
-    for stage in ("finetune", "scratch"):
-        alone = stage == "scratch"
-        run_stage(
-            workspace,
-            f"{stage}@{task}",
-            lambda out, alone=alone: finetune(values, workspace, out, task, alone),
-        )
-    report = run_stage(
-        workspace, f"evaluate@{task}", lambda out: evaluate(values, workspace, out, task)
-    )
+    prepared(values, workspace)
+    report = taught(values, workspace, task)
     metric = tasks.find(task).metric
     for name in (f"test_{metric}", f"scratch_{metric}", f"trivial_{metric}"):
         assert report.figures[name] is not None

@@ -113,7 +113,8 @@ def test_every_task_learns_and_answers_on_every_backbone(task: Task, backbone: M
         figures = task.figures(evidence, ["a", "b"])
         assert np.isfinite(figures.whole[task.metric])
         assert task.lower | task.metres <= figures.whole.keys()
-        assert len(task.shown(np.zeros((side, side, 3), np.uint8), answer, sample, 1, [])) >= 3
+        images = [np.zeros((side, side, 3), np.uint8)] * (2 if task is CHANGE else 1)
+        assert len(task.shown(images, answer, sample, 1, [])) == (5 if task is CHANGE else 3)
 
 
 @EACH
@@ -236,16 +237,13 @@ def test_heights_are_learnt_in_the_spread_of_the_training_tiles() -> None:
 
 def test_trivial_answers_know_the_labels_alone() -> None:
     classes = SEGMENTATION.classes(LAND, SETTINGS)
-    said = SEGMENTATION.trivial(LAND, made(SEGMENTATION), classes)
+    said = SEGMENTATION.trivial(LAND, made(SEGMENTATION), classes, SETTINGS)
     assert said.shape == (2, 4, 64, 64) and (said.argmax(1) == classes.index("field")).all()
-    assert (CHANGE.trivial(PAIRS, made(CHANGE), ["unchanged", "changed"]).argmax(1) == 0).all()
-    sample = made(HEIGHT)
-    assert (HEIGHT.trivial(HILLS, sample, []) == 120).all()
-    assert sample.height is not None
-    sample.height -= sample.height.flatten(1).amin(1)[:, None, None]
-    sample.height[1, :9] = torch.nan
-    sample.height[1] -= sample.height[1].nan_to_num(torch.inf).min()
-    assert (HEIGHT.trivial(HILLS, sample, []) == 15).all(), "above the lowest of each tile"
+    quiet = CHANGE.trivial(PAIRS, made(CHANGE), ["unchanged", "changed"], SETTINGS)
+    assert (quiet.argmax(1) == 0).all()
+    assert (HEIGHT.trivial(HILLS, made(HEIGHT), [], SETTINGS) == 120).all()
+    above = SETTINGS.model_copy(update={"heights": "above_lowest"})
+    assert (HEIGHT.trivial(HILLS, made(HEIGHT), [], above) == 15).all()
 
 
 def test_masks_without_change_are_no_trouble() -> None:
@@ -253,7 +251,7 @@ def test_masks_without_change_are_no_trouble() -> None:
     assert sample.mask is not None
     sample.mask[:] = 0
     assert CHANGE.loss(model, sample, SETTINGS).isfinite()
-    quiet = CHANGE.trivial(PAIRS, sample, ["unchanged", "changed"])
+    quiet = CHANGE.trivial(PAIRS, sample, ["unchanged", "changed"], SETTINGS)
     evidence = CHANGE.evidence(quiet, sample)
     figures = CHANGE.figures(evidence, ["unchanged", "changed"])
     assert figures.whole["accuracy"] == 1 and np.isnan(figures.whole["f1"])
@@ -352,22 +350,17 @@ def test_heights_are_shown_in_viridis() -> None:
     assert height._coloured(np.array([[np.nan]]), 0, 1)[0, 0].tolist() == list(dense.NOBODY_KNOWS)
 
 
-def test_change_shows_the_second_date_in_the_colours_of_the_first() -> None:
+def test_change_shows_both_dates_and_what_of_the_answer_is_right() -> None:
     random = np.random.default_rng(0)
     dates = random.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
-    mean, std = np.array([120, 80, 60]), np.array([50, 40, 30])
-    first, second = (
-        torch.from_numpy(((date - mean) / std).astype(np.float32)).permute(2, 0, 1)[None]
-        for date in dates
-    )
+    first, second = torch.zeros(2, 1, 3, 32, 32)
     truth = torch.zeros(1, 32, 32, dtype=torch.int64)
     truth[:, :10], truth[:, 30:] = 1, UNKNOWN
     answer = torch.zeros(1, 2, 32, 32)
     answer[:, 1, :, :16], answer[:, 0, :, 16:] = 1, 1
     sample = Sample({"rgb": first, SECOND: second}, np.array([0]), mask=truth)
-    before, after, mask, said, right = CHANGE.shown(dates[0], answer, sample, 0, [])
-    assert np.array_equal(before, dates[0])
-    assert np.abs(after.astype(int) - dates[1]).max() <= 1
+    before, after, mask, said, right = CHANGE.shown(list(dates), answer, sample, 0, [])
+    assert np.array_equal(before, dates[0]) and np.array_equal(after, dates[1])
     assert mask[0, 0].tolist() == list(dense.colour(1)) == said[20, 3].tolist()
     corners = [right[row, column].tolist() for row, column in ((0, 0), (0, 31), (20, 0), (20, 31))]
     assert corners == [list(change.FOUND), list(change.MISSED), list(change.FALSE), [255] * 3]
@@ -418,7 +411,7 @@ def compared(
     """Figures of the model and of the trivial answer, by the same way."""
     classes = task.classes(tiles, SETTINGS)
     with torch.no_grad():
-        answers = task.answer(model, sample.images), task.trivial(tiles, sample, classes)
+        answers = task.answer(model, sample.images), task.trivial(tiles, sample, classes, SETTINGS)
     model_s, trivial_s = (
         task.figures(task.evidence(answer, sample), classes).whole for answer in answers
     )

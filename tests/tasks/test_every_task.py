@@ -8,9 +8,10 @@ import made_tasks
 import numpy as np
 import pytest
 import rasterio
+from stages import taught
 
 from ringmo import tasks
-from ringmo.evaluation.evaluate import evaluate, score
+from ringmo.evaluation.evaluate import score
 from ringmo.inference.predict import predict
 from ringmo.registry import bundle, pyfunc
 from ringmo.stage import run_stage
@@ -32,17 +33,7 @@ def task(request: pytest.FixtureRequest) -> str:
 
 def test_a_task_trains_is_measured_and_answers(workspace: Any, tmp_path: Path, task: str) -> None:
     values = made_tasks.selected(workspace, tmp_path / "in", task)
-    run_stage(workspace, "pretrain", lambda out: pretrain(values, workspace, out))
-    for stage in ("finetune", "scratch"):
-        scratch = stage == "scratch"
-        run_stage(
-            workspace,
-            f"{stage}@{task}",
-            lambda out, scratch=scratch: finetune(values, workspace, out, task, scratch),
-        )
-    report = run_stage(
-        workspace, f"evaluate@{task}", lambda out: evaluate(values, workspace, out, task)
-    )
+    report = taught(values, workspace, task)
     kind, figures = tasks.find(task), report.figures
     assert figures["metric"] == kind.metric
     value = figures[f"test_{kind.metric}"]

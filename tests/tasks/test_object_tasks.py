@@ -72,10 +72,10 @@ def test_tiles_with_boxes_are_usable_even_without_an_object(name: str) -> None:
 
 @EACH
 def test_classes_are_those_of_the_training_tiles(name: str) -> None:
-    found = task_of(name).classes(Tiles([["ship"], [], ["car", "ship"]]), SETTINGS)  # type: ignore[arg-type]
+    found = task_of(name).classes(Tiles([["ship"], [], ["car", "ship"]]), SETTINGS)
     assert found == ["car", "ship"]
     with pytest.raises(BadInput, match="no object in any"):
-        task_of(name).classes(Tiles([[], []]), SETTINGS)  # type: ignore[arg-type]
+        task_of(name).classes(Tiles([[], []]), SETTINGS)
 
 
 @EACH
@@ -89,7 +89,7 @@ def test_perfect_answers_have_perfect_figures_and_no_answer_none(name: str) -> N
     assert sum(row["objects"] for row in figures.classes) == evidence["objects"].sum()
     assert all(row["best_f1"] == 1 and row["ap50"] == pytest.approx(1) for row in figures.classes)
     assert task.quality(evidence, CLASSES).tolist() == [1] * 6
-    none = task.trivial(Tiles([["long"]]), given, CLASSES)  # type: ignore[arg-type]
+    none = task.trivial(Tiles([["long"]]), given, CLASSES, SETTINGS)
     nothing = task.evidence(none, given)
     assert task.figures(nothing, CLASSES).whole["map50"] == 0
     assert task.quality(nothing, CLASSES).tolist() == [0] * 4 + [1] * 2
@@ -187,7 +187,7 @@ class Bright(nn.Module):
     def __init__(self, size: int, values: int) -> None:
         super().__init__()
         self.encoder = nn.Module()
-        self.encoder.image_size = size  # type: ignore[assignment]
+        self.encoder.image_size = size
         self.values = values
 
     def forward(self, images: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -246,16 +246,16 @@ def test_pictures_show_what_was_missed_and_what_is_wrong(name: str) -> None:
     task, given = task_of(name), sample(2, name, empty=1)
     image = np.zeros((64, 64, 3), np.uint8)
     answer = perfect(task, given)
-    truth, said = task.shown(image, answer, given, 0, CLASSES)
+    truth, said = task.shown([image], answer, given, 0, CLASSES)
     assert truth.shape == said.shape == (256, 256, 3) and truth.dtype == np.uint8
     assert np.array_equal(truth, said) and truth.any()
     nothing = [one.taken(one.labels < 0) for one in answer]
-    missed, empty = task.shown(image, nothing, given, 0, CLASSES)
+    missed, empty = task.shown([image], nothing, given, 0, CLASSES)
     assert not empty.any() and (missed != truth).any()
     wrong = [Found(o.corners, o.scores, 1 - o.labels, o.size) for o in answer]
-    _, crossed = task.shown(image, wrong, given, 0, CLASSES)
+    _, crossed = task.shown([image], wrong, given, 0, CLASSES)
     assert (crossed > 0).sum() > (said > 0).sum()
-    assert not any(one.any() for one in task.shown(image, answer, given, 1, CLASSES))
+    assert not any(one.any() for one in task.shown([image], answer, given, 1, CLASSES))
 
 
 def test_upright_truth_is_cut_off_at_the_image_and_rotated_truth_is_not() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import made_store
+import made_tasks
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,18 +28,10 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("stage", ["ringmo", "mae", "finetune"])
-def test_no_step_waits_for_the_device(
-    workspace: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    made_store.make_selections(workspace, made_store.make_store(workspace))
-    changes = {"pretrain.batch_size": 4, "finetune.scene.batch_size": 4, "pretrain.accumulate": 2}
-    changes |= {"pretrain.drop_path": 0.2, "finetune.scene.mixup": 0.8}
-    if stage == "mae":
-        changes |= {"model.backbone": "vit", "model.position": "sincos", "model.depths": [2]}
-        changes |= {"model.num_heads": [2], "pretrain.method": "mae"}
-    config.edit(workspace.params_file, changes)
-    values, recorder = Config.load(workspace.params_file), Recorder()
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Records what is done within steps, but for those at whose end figures are read."""
+    recorder = Recorder()
     begin, read, update = (
         engine.Trainer._begin_step,
         engine.Trainer._log_figures,
@@ -62,6 +55,21 @@ def test_no_step_waits_for_the_device(
     monkeypatch.setattr(engine.Trainer, "_begin_step", beginning)
     monkeypatch.setattr(engine.Trainer, "_log_figures", reading)
     monkeypatch.setattr(engine.Trainer, "update", updating)
+    return recorder
+
+
+@pytest.mark.parametrize("stage", ["ringmo", "mae", "finetune"])
+def test_no_step_waits_for_the_device(
+    workspace: Any, tmp_path: Any, recorder: Recorder, stage: str
+) -> None:
+    made_store.make_selections(workspace, made_store.make_store(workspace))
+    changes = {"pretrain.batch_size": 4, "finetune.scene.batch_size": 4, "pretrain.accumulate": 2}
+    changes |= {"pretrain.drop_path": 0.2, "finetune.scene.mixup": 0.8}
+    if stage == "mae":
+        changes |= {"model.backbone": "vit", "model.position": "sincos", "model.depths": [2]}
+        changes |= {"model.num_heads": [2], "pretrain.method": "mae"}
+    config.edit(workspace.params_file, changes)
+    values = Config.load(workspace.params_file)
     with recorder:
         if stage == "finetune":
             finetune(values, workspace, tmp_path / "out", "scene", from_scratch=True)
@@ -69,5 +77,17 @@ def test_no_step_waits_for_the_device(
             pretrain(values, workspace, tmp_path / "out")
     # Of 18 steps every second is read, and each epoch's last, the ninth.
     assert recorder.steps == 18 - 10
+    assert "aten::_fused_adamw_" in recorder.seen
+    assert not recorder.seen & WAITS
+
+
+@pytest.mark.parametrize("task", ["segmentation", "change", "height"])
+def test_no_step_with_labels_of_pixels_waits_for_the_device(
+    workspace: Any, tmp_path: Any, recorder: Recorder, task: str
+) -> None:
+    changes = {"epochs": 3, "batch_size": 4}
+    values = made_tasks.selected(workspace, tmp_path / "in", task, **changes)
+    with recorder:
+        finetune(values, workspace, tmp_path / "out", task, from_scratch=True)
     assert "aten::_fused_adamw_" in recorder.seen
     assert not recorder.seen & WAITS
