@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from real import REAL
 from tiny import TINY
 
 # Before anything imports them: no telemetry, and no state in the home folder.
@@ -16,9 +17,6 @@ os.environ.update(
     DVC_NO_ANALYTICS="1",
     HF_HUB_OFFLINE="1",
 )
-
-REPOSITORY = Path(__file__).parents[1]
-REAL = REPOSITORY.parent / "shared" / "data"
 
 
 @pytest.fixture

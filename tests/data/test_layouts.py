@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from real import REAL
 from small_imagery import geotiff, pixels, write, write_bands
 
 from ringmo.config import About, Config, Ingest
@@ -23,7 +24,6 @@ from ringmo.data.layouts import Labels, Member
 from ringmo.data.sources import Image, Listing, list_images
 from ringmo.errors import BadInput
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
 VOC = """<annotation><object><name>ship</name><difficult>1</difficult>
 <bndbox><xmin>4</xmin><ymin>6</ymin><xmax>20</xmax><ymax>16</ymax></bndbox></object></annotation>"""
 FAIR1M = """<?xml version="1.0" encoding="utf-8"?><annotation><objects><object>

@@ -1,18 +1,16 @@
 """Which tile of another sensor is of the same pixels of ground."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from real import REAL
 from small_imagery import sensed, write, write_bands
 
 from ringmo.data.partners import grids, partners
 from ringmo.data.store import TileStore
-
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def tile(key: str, sensor: str, **more: Any) -> dict[str, Any]:

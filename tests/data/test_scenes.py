@@ -15,6 +15,7 @@ from PIL import Image
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine, from_origin
+from real import REAL
 from small_imagery import geotiff, pixels, sensed, write_bands
 
 from ringmo.config import Config, Ingest, Sensor
@@ -24,7 +25,7 @@ from ringmo.data.scenes import Layout, Look, Tile, Window, cut, look
 from ringmo.errors import BadInput
 from ringmo.workspace import template
 
-GEOTIFF = Path(__file__).parents[3] / "shared" / "data" / "geotiff"
+GEOTIFF = REAL / "geotiff"
 
 
 @pytest.fixture(scope="module")

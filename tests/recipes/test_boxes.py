@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REAL, REPOSITORY
 from PIL import Image, ImageDraw
+from real import REAL, REPOSITORY
 from stages import prepared, taught
 
 from ringmo import config

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REAL
+from real import REAL
 from stages import prepared, taught
 
 from ringmo import config, tasks

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from backbones import BACKBONES
+from real import REAL
 from torch import Tensor, nn
 
 from ringmo import config, tasks
@@ -23,7 +24,6 @@ from ringmo.tasks.base import SECOND, UNKNOWN, Images, Sample, Task
 from ringmo.tasks.samples import Samples
 from ringmo.training.augmentation import turned, turned_back
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 SETTINGS = Finetune(
     epochs=1,
     warmup_epochs=0,

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from real import REAL
 from scenes import TINY, scenes
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from ringmo.tasks.base import Objects, Sample, joined
 from ringmo.tasks.objects import TOLD, Found, ObjectTask, drawn
 from ringmo.training.augmentation import turned
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 NAMES = ("detection", "oriented")
 EACH = pytest.mark.parametrize("name", NAMES)
 SETTINGS = Finetune(
