@@ -118,6 +118,15 @@ def interval(values: NDArray[np.float64]) -> Interval:
     return Interval(float(values[0]), float(low), float(high))
 
 
+def lower_bound(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> float:
+    """The one-sided bound that a figure from `drawn`, (1 + samples,), is not below.
+
+    Draws in which it is no number are left out; NaN where none is left.
+    """
+    known = values[1:][~np.isnan(values[1:])]
+    return float(np.quantile(known, 1 - confidence)) if len(known) else float("nan")
+
+
 def over_trainings(values: Sequence[NDArray[np.float64]], seed: int = 0) -> NDArray[np.float64]:
     """The mean over S trainings with seeds of their own, which are drawn with replacement too.
 
