@@ -11,7 +11,7 @@ from flows.stages import StageFailed, as_task, command, execute, together
 from ringmo import chain
 from ringmo.config import Config
 from ringmo.data import versions
-from ringmo.registry import tracker
+from ringmo.registry import forward
 from ringmo.workspace import Workspace
 
 
@@ -27,7 +27,7 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
     config = Config.load(place.params_file)
     versions.sync_revisions(place)
     tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
-    tracker.forward_all(place)
+    forward.forward_all(place)
     try:
         summary = _chain(config, place, tags)
     except StageFailed as error:

@@ -23,7 +23,7 @@ from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
 from ringmo.process_group import end_all, run_group
-from ringmo.registry.tracker import Forwarder
+from ringmo.registry.forward import Forwarder
 from ringmo.stage import Report, forget_checkpoints
 from ringmo.workspace import Workspace
 

@@ -102,7 +102,7 @@ def run(config: Config, workspace: Workspace) -> Report:
     MLflow gets one run in experiment `compare`; the same comparison again is the same run. Where
     it does not answer, the results stand in work/compare/ and are sent later.
     """
-    from ringmo.registry.tracker import Forwarder
+    from ringmo.registry.forward import Forwarder
 
     with Forwarder(workspace, "compare", {}) as forwarder:
         report = run_stage(workspace, "compare", lambda out: compare(config, workspace, out))

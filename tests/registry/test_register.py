@@ -71,7 +71,7 @@ def test_a_version_tells_its_origins(tracked: Workspace, config: Config, make_mo
 def test_the_files_are_kept_by_the_training_s_own_run(
     tracked: Workspace, config: Config, make_model: Any
 ) -> None:
-    from ringmo.registry.tracker import Forwarder
+    from ringmo.registry.forward import Forwarder
 
     make_model()
     run_dir = tracked.run_dir("finetune@scene", "1" * 64)

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from ringmo.errors import Unreachable
-from ringmo.registry import tracker as tracking
-from ringmo.registry.tracker import Forwarder, Tracker, forward_all, tracking_uri
+from ringmo.registry import forward
+from ringmo.registry.forward import Forwarder, forward_all
+from ringmo.registry.tracker import Tracker, tracking_uri
 from ringmo.stage import Report, announce
 from ringmo.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Any) -> None:
-    monkeypatch.setattr(tracking, "POLL_S", 0.1)
+    monkeypatch.setattr(forward, "POLL_S", 0.1)
 
 
 def write_figures(run_dir: Path, steps: range, mode: str = "a") -> None:
@@ -198,7 +199,7 @@ def test_a_failed_validation_brings_the_rows_of_every_rule(tracked: Workspace) -
 def test_half_a_line_is_sent_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "figures.jsonl"
     path.write_text('{"step": 1, "time": 5, "train/loss": 2.5, "val/loss": NaN}\n{"step": 2, "ti')
-    assert list(tracking.points(path)) == [("train/loss", 2.5, 5.0, 1)]
+    assert list(forward.points(path)) == [("train/loss", 2.5, 5.0, 1)]
 
 
 def test_nothing_is_forwarded_and_nothing_fails_while_mlflow_is_down(
