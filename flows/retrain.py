@@ -28,8 +28,11 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
     versions.sync_revisions(place)
     tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
     forward.forward_all(place)
+    about = tags | {"flow_run_url": flow_run.ui_url}
     try:
-        summary = _chain(config, place, tags)
+        with forward.ChainRun(place, config, about) as parent:
+            summary = _chain(config, place, tags)
+            parent.finish(summary, chain.summary_markdown(summary))
     except StageFailed as error:
         return Failed(message=error.reason, data=error)
     create_markdown_artifact(

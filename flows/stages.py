@@ -80,13 +80,17 @@ def execute(
     console.note(f"\n── {name}")
     workspace.report_file(name).unlink(missing_ok=True)
     command = versions.repro_command(workspace, name)
-    with slot(slots) as own, Forwarder(workspace, name, tags) as forwarder:
+    with (
+        slot(slots) as own,
+        Forwarder(workspace, name, tags, own.get("CUDA_VISIBLE_DEVICES")) as forwarder,
+    ):
         status = run_group(
             command,
             workspace.root,
             services.environment(workspace) | own,
             config.run.grace_s,
             follow=get_run_logger().info,
+            started=forwarder.measure,
         )
         report = Report.read(workspace.report_file(name))
         if report is None and status == 0:

@@ -22,6 +22,7 @@ def run_group(
     env: dict[str, str],
     grace_s: float,
     follow: Callable[[str], None] | None = None,
+    started: Callable[[int], None] | None = None,
 ) -> int:
     """Run a command and wait for it and all it started; returns its exit status.
 
@@ -30,6 +31,7 @@ def run_group(
     itself dies at once on SIGTERM, the training it started saves its checkpoint first.
 
     On a terminal the command draws its progress there; elsewhere `follow` hears its lines too.
+    `started` is told the process number, which is the group's too.
     """
     piped = follow is not None and not sys.stderr.isatty()
     # Standard output is kept for results: what a child says is progress.
@@ -46,6 +48,8 @@ def run_group(
     with _lock:
         _running[process.pid] = grace_s
     try:
+        if started is not None:
+            started(process.pid)
         if piped:
             reader.start()
         # In short waits: what is raised in a thread from outside arrives between two of them.

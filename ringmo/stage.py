@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ringmo.config import flatten
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError
 from ringmo.workspace import Workspace
 
@@ -46,6 +47,31 @@ class Report:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
             return None
+
+
+def parameters(
+    stage: str,
+    sections: Mapping[str, Any],
+    *,
+    sensor: str,
+    tiles: Mapping[str, int],
+    **facts: Any,
+) -> dict[str, Any]:
+    """What a run is known by, for params.json: flat, and named alike in every stage's runs.
+
+    Args:
+        sections: of params.yaml, by name. Those of the training itself, `pretrain` and
+            `finetune.TASK`, are called `training`, so that any two trainings stand side by side.
+        sensor: the main one. tiles: split → how many it reads; `all` for those of the store.
+        facts: hashes of what it was made from (selection, encoder, model), its revision.
+    """
+    name, _, task = stage.partition("@")
+    own = f"finetune.{task}" if task else "pretrain" if name == "pretrain" else None
+    named = {"training" if key == own else key: value for key, value in sections.items()}
+    seed = named.get("training", {}).get("seed")
+    known = {"stage": name, "task": task or None, "seed": seed, "sensor": sensor, **facts}
+    known |= {f"tiles.{split}": count for split, count in tiles.items()}
+    return {k: v for k, v in known.items() if v is not None} | flatten(named)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from ringmo.data import store
 from ringmo.data.loading import BESIDE, SECOND
 from ringmo.data.tables import classes_of
 from ringmo.errors import BadInput
-from ringmo.stage import Report, write_json
+from ringmo.stage import REVISIONS, Report, parameters, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -70,6 +70,17 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     for name, table in tables.items():
         store.write_table(out / f"{name}.parquet", table, columns(config, name))
 
+    sections = {"select": config.select, "split": config.split}
+    write_json(
+        out / "params.json",
+        parameters(
+            "select",
+            {name: section.model_dump(mode="json") for name, section in sections.items()},
+            sensor=config.select.sensor,
+            tiles={"all": len(manifest)},
+            revision=REVISIONS["select"],
+        ),
+    )
     report = Report("select")
     report.figures = {
         "tiles": len(seen),

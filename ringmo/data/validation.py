@@ -23,7 +23,7 @@ from ringmo.config import Config
 from ringmo.data import class_facts, data_docs, facts, store
 from ringmo.data.class_facts import summary_of
 from ringmo.errors import AnswerIsNo, BadInput
-from ringmo.stage import Report, write_json
+from ringmo.stage import REVISIONS, Report, parameters, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -232,6 +232,17 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
         for shard in facts.few(tiles, column)[1]
     }
     files = {shard: workspace.store / shard for shard in shards}
+    sections = {"validate": config.validate_, "split": config.split}
+    write_json(
+        out / "params.json",
+        parameters(
+            "validate",
+            {name: section.model_dump(mode="json") for name, section in sections.items()},
+            sensor=config.select.sensor,
+            tiles={"all": len(tiles)},
+            revision=REVISIONS["validate"],
+        ),
+    )
     verdict = judge(
         config,
         tiles,

@@ -46,7 +46,15 @@ from ringmo.evaluation.metrics import Interval
 from ringmo.models.backbone import Encoder, encoder
 from ringmo.registry import bundle
 from ringmo.registry.bundle import Bundle
-from ringmo.stage import REVISIONS, Report, forget_checkpoints, run_stage, whole_folder, write_json
+from ringmo.stage import (
+    REVISIONS,
+    Report,
+    forget_checkpoints,
+    parameters,
+    run_stage,
+    whole_folder,
+    write_json,
+)
 from ringmo.tasks.base import Evidence
 from ringmo.training.engine import file_hash
 from ringmo.training.finetune import finetune
@@ -387,7 +395,12 @@ class _Comparison:
         )
         self.folder = workspace.run_dir("compare", whole)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "params.json", configuration.flatten(params))
+        count = {
+            split: sum(len(getattr(task, split)) for task in self.tasks)
+            for split in ("train", "val", "test")
+        }
+        about = parameters("compare", params, sensor=self.sensor, tiles=count, revision=REVISION)
+        write_json(self.folder / "params.json", about)
 
     def _task_names(self) -> list[str]:
         """The tasks asked for; where none are, those of the workspace that have labels."""

@@ -25,8 +25,9 @@ from ringmo.evaluation.metrics import Interval, Measure
 from ringmo.evaluation.pictures import Curve
 from ringmo.registry import bundle
 from ringmo.registry.bundle import Bundle
-from ringmo.stage import Report, write_json
+from ringmo.stage import Report, parameters, write_json
 from ringmo.tasks.base import Evidence, Task
+from ringmo.training.engine import file_hash
 from ringmo.training.machine import choose_device
 from ringmo.workspace import Workspace
 
@@ -105,6 +106,21 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
         groups = _groups(kind, evidence, classes, test, "source_root", samples)
         report.tables["per_source"] = groups
     write_json(out / "per_class.json", report.tables["per_class"])
+    meta = model.meta
+    of_model = {"model": meta["architecture"], "sensors": meta["sensors"]}
+    of_model |= {f"finetune.{task}": meta["settings"]} if "settings" in meta else {}
+    write_json(
+        out / "params.json",
+        parameters(
+            report.stage,
+            {**of_model, "evaluate": config.evaluate.model_dump(mode="json")},
+            sensor=meta["sensor"],
+            tiles={"train": len(train), "test": len(test)},
+            selection=file_hash(selection)[:16],
+            encoder=str(meta["lineage"].get("encoder"))[:16],
+            bundle=model.hash[:16],
+        ),
+    )
     keys = np.array(test.keys(np.arange(len(test))))
     np.savez_compressed(out / "evidence.npz", allow_pickle=False, key=keys, **evidence)
     _predictions(out, model, scratch, test, evidence, from_scratch)

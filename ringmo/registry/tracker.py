@@ -298,18 +298,31 @@ class Tracker:
         with self._asking():
             self._client.log_dict(run_id, table, f"tables/{name}.json")
 
-    def log_dataset(self, run_id: str, version: str, name: str, source: Path) -> None:
-        """The data version a run has seen, as MLflow's dataset input."""
-        from mlflow.entities import Dataset, DatasetInput
+    def log_dataset(
+        self,
+        run_id: str,
+        version: str,
+        name: str,
+        source: Path,
+        context: str,
+        profile: Mapping[str, Any],
+    ) -> None:
+        """Tiles of a data version that a run has read, as MLflow's dataset input.
+
+        context: what for, such as training. profile: figures of these tiles.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
             name=name,
             digest=version[:36],  # the column's width; a DVC hash with `.dir` just fits
             source_type="local",
             source=json.dumps({"uri": str(source), "dvc": version}),
+            profile=json.dumps(dict(profile)),
         )
+        tags = [InputTag("mlflow.data.context", context)]
         with self._asking():
-            self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, [])])
+            self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
 
     def artifact_uri(self, run_id: str) -> str:
         with self._asking():

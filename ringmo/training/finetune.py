@@ -25,7 +25,7 @@ from ringmo.data.selection import resolved
 from ringmo.errors import BadInput
 from ringmo.models.backbone import Transfer, encoder, transfer
 from ringmo.registry import bundle
-from ringmo.stage import REVISIONS, Report
+from ringmo.stage import REVISIONS, Report, parameters
 from ringmo.tasks.base import Evidence, Figures, Sample, Task, joined
 from ringmo.tasks.samples import Samples, made_up
 from ringmo.training import engine
@@ -124,7 +124,15 @@ def finetune(
         workspace,
         stage,
         fingerprint,
-        configuration.flatten(params),
+        parameters(
+            stage,
+            params,
+            sensor=names[0],
+            tiles={"train": len(train), "val": len(val)},
+            selection=selection_hash[:16],
+            encoder=encoder_hash and encoder_hash[:16],
+            revision=revision,
+        ),
         settings,
         machine,
         model,

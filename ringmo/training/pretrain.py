@@ -28,7 +28,7 @@ from ringmo.models.normal import Normal
 from ringmo.models.pretraining import pretraining_model
 from ringmo.models.ringmo import RingMo
 from ringmo.registry import bundle
-from ringmo.stage import REVISIONS, Report
+from ringmo.stage import REVISIONS, Report, parameters
 from ringmo.training import engine
 from ringmo.training.engine import Trainer
 from ringmo.training.machine import Machine
@@ -87,7 +87,15 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
         workspace,
         "pretrain",
         fingerprint,
-        configuration.flatten(params),
+        parameters(
+            "pretrain",
+            params,
+            sensor=config.select.sensor,
+            tiles={"train": _count(train), "val": _count(val)},
+            selection=selection_hash[:16],
+            encoder=init_hash and init_hash[:16],
+            revision=revision,
+        ),
         settings,
         machine,
         model,
@@ -125,7 +133,7 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
 
     figures = {
         **trainer.summary(),
-        "tiles": sum(len(tiles) for tiles in train.values()),
+        "tiles": _count(train),
         "train_loss": trainer.last("train__loss"),
         "val_loss": trainer.last("val__loss"),
         "knn_accuracy": trainer.last("knn__accuracy"),
@@ -151,6 +159,10 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     machine.leave()
     run_dir = str(trainer.run_dir.relative_to(workspace.root))
     return Report("pretrain", figures=figures, notes=notes, run_dir=run_dir)
+
+
+def _count(tiles: dict[str, SelectedTiles]) -> int:
+    return sum(len(own) for own in tiles.values())
 
 
 @torch.no_grad()

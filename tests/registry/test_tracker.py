@@ -122,7 +122,7 @@ def test_a_training_is_followed_live_and_ends_finished(tracked: Workspace) -> No
     assert run.tags["device"] == "cpu" and run.tags["flow_run"] == "f1"
     assert losses(tracked, run.id) == [0, 1, 2, 3, 4]
     client = Tracker(tracked)._client
-    assert client.get_run(run.id).data.params == {"epochs": "2"}
+    assert client.get_run(run.id).data.params == {"data_version": "ab12.dir", "epochs": "2"}
     assert client.get_run(run.id).inputs.dataset_inputs[0].dataset.digest == "ab12.dir"
     names = {file.path for file in client.list_artifacts(run.id)}
     assert {"pictures", "confusion.png", "report.json", "tables"} <= names
