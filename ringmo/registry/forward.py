@@ -595,8 +595,6 @@ class ChainRun:
             figures["pretrain/val_loss"] = loss
         if (tiles := summary["data"].get("tiles")) is not None:
             figures["tiles"] = tiles
-        if summary["data"].get(GENERATED):
-            self._feed.state["tags"][GENERATED] = True
         self._report = Report(CHAIN, figures=figures)
         self._summary = text
 
@@ -610,7 +608,8 @@ class ChainRun:
         if error is not None and not isinstance(error, Exception):
             status = "KILLED"
         report = self._report or Report(CHAIN, ok=False)
-        report.reason = _in_a_line(error) if error is not None else None
+        if error is not None:
+            report.reason = "interrupted" if status == "KILLED" else _in_a_line(error)
         report.figures["hours"] = round((time.time() - self._started) / 3600, 5)
         report.figures |= self._energy()
         final = self._feed.folder / "final"
@@ -619,7 +618,8 @@ class ChainRun:
             (final / "summary.md").write_text(self._summary + "\n")
         with _parents:
             feed = self._feed = _Feed(self._feed.folder)  # a child may have sent it meanwhile
-            feed.state["tags"] |= _said({"data_version": _data_version(self.workspace)})
+            version, made_up = _data_version(self.workspace), _made_up(self.workspace) or None
+            feed.state["tags"] |= _said({"data_version": version, GENERATED: made_up})
             feed.state["results"] = self._results()
             feed.end(status)
             try:
@@ -644,7 +644,13 @@ class ChainRun:
 
         names = [stage.name for stage in stages(self.workspace)]
         results = {name: result_of(self.workspace.work(name)) for name in names}
-        return {n: result for n, result in results.items() if result or n in self._ran()}
+        return {n: result for n, result in results.items() if result or self._began(n)}
+
+    def _began(self, stage: str) -> bool:
+        """Whether it left anything in this execution, if only half a training."""
+        feeds = (self.workspace.state / "runs").glob(f"{stage.replace('@', '-')}-*/mlflow.json")
+        left = [*feeds, self.workspace.report_file(stage)]
+        return any(file.exists() and file.stat().st_mtime >= self._started for file in left)
 
     def _energy(self) -> dict[str, Any]:
         """What its stages took together, where each of them was measured."""

@@ -26,6 +26,8 @@ LOG_BATCH = 1000  # metrics a call that MLflow takes
 
 EXPERIMENTS_FOLDER = "artifacts"
 GENERATED = "generated"
+# Without it MLflow 3 opens its pages for prompts and agents, without charts of a training.
+KIND = "custom_model_development"
 
 
 def tracking_uri(workspace: Workspace) -> str:
@@ -194,7 +196,9 @@ class Tracker:
             if found is None:
                 place = None if self.uri.startswith("http") else str(self._artifacts / name)
                 try:
-                    self._experiments[name] = self._client.create_experiment(name, place)
+                    self._experiments[name] = self._client.create_experiment(
+                        name, place, {"mlflow.experimentKind": KIND}
+                    )
                     return self._experiments[name]
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
