@@ -263,17 +263,18 @@ class Sampler:
             "disk_available_megabytes": disk.free / 1e6,
             "network_receive_megabytes": (now.received - self._first.received) / 1e6,
             "network_transmit_megabytes": (now.sent - self._first.sent) / 1e6,
-            "stage_memory_megabytes": now.stage_bytes / 1e6,
             **self._gpus.metrics,
         }
         passed = now.at - before.at
         # A process that ends with its parent gone takes its time out of the sum.
-        if passed > 0 and now.stage_s >= before.stage_s:
+        if passed > 0 and now.stage_bytes and now.stage_s >= before.stage_s:
             metrics["stage_cpu_percentage"] = 100 * (now.stage_s - before.stage_s) / passed
+        if now.stage_bytes:  # else it has ended
+            metrics["stage_memory_megabytes"] = now.stage_bytes / 1e6
         line = {
             "time": round(time.time(), 3),
             "execution": {"started_ms": self._execution, **self._used(now.at - self._began)},
-            **{f"system/{name}": round(value, 1) for name, value in metrics.items()},
+            **{f"system/{name}": float(f"{value:.6g}") for name, value in metrics.items()},
         }
         with self._lock:
             if self._file is None:

@@ -251,6 +251,8 @@ class _Feed:
         said += report.notes
         if self.state["stage"] == CHAIN:
             said.append(self._stages(tracker))
+            if (summary := final / "summary.md").is_file():
+                said.append(summary.read_text())
         about = {
             "reason" if self.state["stage"] != CHAIN else "failed": report.reason,
             "mlflow.note.content": "\n\n".join(said) or None,

@@ -66,7 +66,7 @@ def test_stages_are_children_and_an_unchanged_one_is_linked_to_who_made_it(
             if flow_run == "first":
                 stage(tracked, "validate", flow_run, 1.25)
             stage(tracked, "select", flow_run, 2.5)
-            parent.finish(SUMMARY, "| | |")
+            parent.finish(SUMMARY, "the gate refused it")
     tracker = Tracker(tracked)
     first, second = (chain_of(tracked, name) for name in ("first", "second"))
     assert first.status == second.status == "FINISHED"
@@ -78,6 +78,7 @@ def test_stages_are_children_and_an_unchanged_one_is_linked_to_who_made_it(
     note = second.tags["mlflow.note.content"]
     assert f"| validate | unchanged | [{validated.name}](#/experiments/" in note
     assert f"/runs/{validated.id})" in note and f"/runs/{selected.id})" in note
+    assert note.endswith("the gate refused it\n")
     assert before.id not in note and "pretrain" not in note
     assert second.metrics["scene/test_accuracy"] == 0.75
     assert second.metrics["scene/test_accuracy_low"] == 0.5

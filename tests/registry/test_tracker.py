@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def test_a_training_is_followed_live_and_ends_finished(tracked: Workspace) -> No
     ) as forwarder:
         announce(tracked, "pretrain", run_dir)
         write_figures(run_dir, range(3))
-        (run_dir / "params.json").write_text('{"epochs": 2}')
+        (run_dir / "params.json").write_text('{"epochs": 2, "tiles.train": 5}')
         wait_until(lambda: forwarder.run_id)
         assert Tracker(tracked).run(str(forwarder.run_id)).status == "RUNNING"  # type: ignore[union-attr]
         (run_dir / "pictures").mkdir()
@@ -122,7 +124,9 @@ def test_a_training_is_followed_live_and_ends_finished(tracked: Workspace) -> No
     assert run.tags["device"] == "cpu" and run.tags["flow_run"] == "f1"
     assert losses(tracked, run.id) == [0, 1, 2, 3, 4]
     client = Tracker(tracked)._client
-    assert client.get_run(run.id).data.params == {"data_version": "ab12.dir", "epochs": "2"}
+    assert client.get_run(run.id).data.params == {
+        "data_version": "ab12.dir", "epochs": "2", "tiles.train": "5"
+    }  # fmt: skip
     assert client.get_run(run.id).inputs.dataset_inputs[0].dataset.digest == "ab12.dir"
     names = {file.path for file in client.list_artifacts(run.id)}
     assert {"pictures", "confusion.png", "report.json", "tables"} <= names
@@ -242,6 +246,98 @@ def test_a_run_whose_follower_was_killed_does_not_stay_running(tracked: Workspac
         (run_dir / "mlflow.json").write_text(json.dumps(state))
         assert forward_all(tracked) == 1
     assert Tracker(tracked).run(str(forwarder.run_id)).status == "KILLED"  # type: ignore[union-attr]
+
+
+def test_a_store_of_artifacts_that_refuses_keeps_no_figures_and_no_other_run(
+    tracked: Workspace, capsys: Any
+) -> None:
+    store = tracked.state / "mlflow" / "artifacts"
+    store.mkdir()
+    (store / "pretrain").write_text("a file, where MLflow would make a folder")
+    run_dir = tracked.run_dir("pretrain", "c" * 64)
+    with Forwarder(tracked, "pretrain", {}) as forwarder:
+        announce(tracked, "pretrain", run_dir)
+        write_figures(run_dir, range(4))
+        (run_dir / "pictures").mkdir()
+        (run_dir / "pictures" / "epoch-001.png").write_bytes(b"png")
+        wait_until(lambda: sent(run_dir) == 3)
+        write_figures(run_dir, range(4, 6))
+        wait_until(lambda: sent(run_dir) == 5)
+        report = Report("pretrain", run_dir=str(run_dir.relative_to(tracked.root)))
+        forwarder.finish(report, tracked.work("pretrain"))
+    assert capsys.readouterr().err.count("sent later") == 1
+    out = tracked.work("select")
+    out.mkdir(parents=True)
+    with Forwarder(tracked, "select", {}) as other:
+        other.finish(Report("select"), out)
+    assert Tracker(tracked).run(str(other.run_id)).status == "FINISHED"  # type: ignore[union-attr]
+    assert forward_all(tracked) == 0
+    (store / "pretrain").unlink()
+    assert forward_all(tracked) == 1
+    (run,) = Tracker(tracked).runs("pretrain")
+    assert run.status == "FINISHED" and losses(tracked, run.id) == list(range(6))
+    pictures = Tracker(tracked)._client.list_artifacts(run.id, "pictures")
+    assert [file.path for file in pictures] == ["pictures/epoch-001.png"]
+
+
+class Slow:
+    """A proxy before a server, through which every answer comes this much later."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        self.port, self.delay_s = port, delay_s
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self.listening.accept()
+                server = socket.create_connection(("127.0.0.1", self.port))
+                for ends in ((client, server, 0.0), (server, client, self.delay_s)):
+                    threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, delay_s: float) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                time.sleep(delay_s)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def steps_done(run_dir: Path, first: int, seconds: float) -> int:
+    """A training for so long: how many steps it gets done."""
+    step, end = first, time.monotonic() + seconds
+    while time.monotonic() < end:
+        write_figures(run_dir, range(step, step + 1))
+        time.sleep(0.01)
+        step += 1
+    return step - first
+
+
+@pytest.mark.slow
+def test_a_slow_server_slows_no_training(
+    workspace: Workspace, server: Any, monkeypatch: Any
+) -> None:
+    slow = Slow(server.port, 0.5)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    Tracker(workspace).experiment("pretrain")  # the server's first answer takes its time
+    alone = steps_done(workspace.run_dir("pretrain", "0" * 64), 0, 3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", slow.url)
+    run_dir = workspace.run_dir("pretrain", "e" * 64)
+    with Forwarder(workspace, "pretrain", {}) as forwarder:
+        announce(workspace, "pretrain", run_dir)
+        before = steps_done(run_dir, 0, 0)
+        wait_until(lambda: forwarder.run_id, 60)
+        beside = before + steps_done(run_dir, before, 3)
+        report = Report("pretrain", run_dir=str(run_dir.relative_to(workspace.root)))
+        forwarder.finish(report, workspace.work("pretrain"))
+    slow.listening.close()
+    assert beside > 0.7 * alone
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    forward_all(workspace)
+    (run,) = Tracker(workspace).runs("pretrain")
+    assert run.status == "FINISHED" and losses(workspace, run.id) == list(range(beside))
 
 
 @pytest.mark.slow
