@@ -193,7 +193,8 @@ def test_a_failed_validation_brings_the_rows_of_every_rule(tracked: Workspace) -
         forwarder.finish(report, out)
     (run,) = Tracker(tracked).runs("validate")
     assert run.status == "FAILED"
-    assert run.metrics == {
+    figures = {"tiles", "broken", "warnings"}
+    assert {n: v for n, v in run.metrics.items() if n in figures or n.startswith("failed/")} == {
         "tiles": 12, "broken": 1, "warnings": 0, "failed/nodata": 3, "failed/blank": 0
     }  # fmt: skip
     names = {file.path for file in Tracker(tracked)._client.list_artifacts(run.id)}
