@@ -26,8 +26,6 @@ LOG_BATCH = 1000  # metrics a call that MLflow takes
 
 EXPERIMENTS_FOLDER = "artifacts"
 GENERATED = "generated"
-# Without it MLflow 3 opens its pages for prompts and agents, without charts of a training.
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
 
 def tracking_uri(workspace: Workspace) -> str:
@@ -196,16 +194,12 @@ class Tracker:
             if found is None:
                 place = None if self.uri.startswith("http") else str(self._artifacts / name)
                 try:
-                    self._experiments[name] = self._client.create_experiment(
-                        name, place, {KIND_TAG: KIND}
-                    )
+                    self._experiments[name] = self._client.create_experiment(name, place)
                     return self._experiments[name]
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
                     found = self._client.get_experiment_by_name(name)
-            if KIND_TAG not in found.tags:
-                self._client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
             if found.lifecycle_stage != "active":
                 self._client.restore_experiment(found.experiment_id)
             self._experiments[name] = str(found.experiment_id)
