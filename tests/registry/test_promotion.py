@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_model
+from registered import write_model
 
 from ringmo import config
 from ringmo.cli import main
