@@ -148,7 +148,7 @@ def end_of_waiting(question: str, wait_h: float) -> Any:
     Args:
         question: the flow run that waits. wait_h: how long it had, in hours.
     """
-    late = Completed(name="not promoted", message=f"nobody answered within {wait_h:g} hours")
+    late: Any = Completed(name="not promoted", message=f"nobody answered within {wait_h:g} hours")
     with get_client(sync_client=True) as client:
         for _ in range(24):
             try:

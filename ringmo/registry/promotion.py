@@ -74,7 +74,8 @@ def promote(
             than the present one. What does not hold is not promoted with it either.
 
     Returns:
-        The entry of `history`; `moved`, False where it was the champion already; `seconds`.
+        The entry of `history`; `moved`, False where it was the champion already; `seconds` that it
+        took once MLflow was imported and open.
 
     Raises:
         AnswerIsNo: the gate refused it, or somebody else moved the champion meanwhile.
@@ -259,7 +260,7 @@ class _Move:
         return done
 
     def _seconds(self) -> float:
-        return round(time.monotonic() - self.tracker.began, 3)
+        return round(time.monotonic() - self.tracker.opened, 3)
 
     def _claims(self) -> dict[int, dict[str, str]]:
         found = self.tracker.claims(f"{EXPERIMENT}/{self.task}/")

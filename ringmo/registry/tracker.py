@@ -167,7 +167,6 @@ class Tracker:
         self._artifacts = workspace.state / "mlflow" / EXPERIMENTS_FOLDER
         self._experiments: dict[str, str] = {}
         mlflow = _mlflow()
-        self.began = time.monotonic()  # the import is over, the work begins
         with self._asking():
             self._client = mlflow.MlflowClient(self.uri, self.uri)
             if self.uri.startswith("sqlite"):
@@ -176,6 +175,7 @@ class Tracker:
                 folder.mkdir(parents=True, exist_ok=True)
                 with claim(folder / "create.lock"):
                     self._client.search_experiments(max_results=1)
+        self.opened = time.monotonic()  # importing MLflow, bit by bit, is over
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
