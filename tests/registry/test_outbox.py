@@ -33,7 +33,8 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.got.append((dict(self.headers), body))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                receiver.got.append((headers, body))
                 time.sleep(receiver.delay_s)
                 self.send_response(receiver.status)
                 if receiver.to:
