@@ -61,7 +61,7 @@ class Postgres:
         limit = time.monotonic() + 60
         while time.monotonic() < limit:
             try:
-                psycopg2.connect(self.uri("postgres")).close()
+                self._connection("postgres").close()
                 return
             except psycopg2.OperationalError:
                 time.sleep(0.1)
@@ -87,10 +87,7 @@ class Postgres:
         return found
 
     def _asked(self, statement: str, database: str) -> Any:
-        import psycopg2
-
-        connection = psycopg2.connect(self.uri(database))
-        connection.autocommit = True
+        connection = self._connection(database)
         try:
             cursor = connection.cursor()
             cursor.execute(statement)
@@ -99,7 +96,16 @@ class Postgres:
             connection.close()
 
     def uri(self, database: str) -> str:
-        return f"postgresql://ringmo@127.0.0.1:{self.port}/{database}"
+        """For SQLAlchemy, with the driver that is there."""
+        return f"postgresql+psycopg2://ringmo@127.0.0.1:{self.port}/{database}"
+
+    def _connection(self, database: str) -> Any:
+        import psycopg2
+
+        where = {"host": "127.0.0.1", "port": self.port, "dbname": database}
+        connection = psycopg2.connect(user="ringmo", **where)
+        connection.autocommit = True
+        return connection
 
 
 class S3:
@@ -185,12 +191,13 @@ class MLflow:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        limit = time.monotonic() + 180
+        limit = time.monotonic() + 600
         while time.monotonic() < limit:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
                     return
             except OSError:
+                assert self.process.poll() is None, f"MLflow ended: {' '.join(self.process.args)}"  # type: ignore[arg-type]
                 time.sleep(0.3)
         raise TimeoutError(f"MLflow did not start at {self.url}")
 
