@@ -37,6 +37,7 @@ goes back one further, not forward again; `previous` always is where the next ro
 is absent where there is nothing to go back to. Versions deleted from the registry are left out.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -208,7 +209,8 @@ class _Move:
             aliased = _bearer(self.versions, "champion")
         if aliased is not None and aliased != self.champion:
             why = "the alias was moved in MLflow, not by ringmo"
-            self.make("outside", aliased, "unknown", why, False)
+            with contextlib.suppress(AnswerIsNo):  # another command has just entered it
+                self.make("outside", aliased, "unknown", why, False)
             self._read()
         elif (aliased, _bearer(self.versions, "previous")) != (self.champion, self.previous):
             _apply(self.tracker, self.task)
