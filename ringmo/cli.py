@@ -235,7 +235,14 @@ def _run(arguments: Arguments) -> int:
         plan = chain.plan(config, workspace)
         console.result({"stages": plan}, chain.plan_text(plan))
         return 0
-    summary = chain.run(configuration.Config.load(workspace.params_file), workspace)
+    from ringmo.registry import outbox
+
+    config = configuration.Config.load(workspace.params_file)
+    outbox.check(config.promotion)
+    try:
+        summary = chain.run(config, workspace)
+    finally:
+        outbox.deliver(workspace, config.promotion)
     console.result(summary, chain.summary_text(summary))
     return int(summary["exit_code"])
 
@@ -596,14 +603,9 @@ def _models(arguments: Arguments) -> None:
     _, workspace = _open(arguments)
     if arguments.history:
         models = [arguments.task] if arguments.task else [*tasks.names(), "encoder"]
-        moves = [
-            {"model": model, **row}
-            for model in models
-            for row in promotion.history(workspace, model)
-        ]
-        names = ("model", "when", "what", "from", "to", "who", "why")
-        text = console.table([[row.get(name) or "-" for name in names] for row in moves], names)
-        console.result({"history": moves}, text if moves else "No promotion yet.")
+        moves = [row for model in models for row in promotion.history(workspace, model)]
+        text = promotion.history_text(moves) if moves else "No promotion yet."
+        console.result({"history": moves}, text)
         return
     rows = lineage.models(workspace, arguments.task)
     console.result(

@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -437,6 +438,25 @@ class Gate(Section):
     max_value: float | None = None
 
 
+class Promotion(Section):
+    """approval: who has the last word on what the gate has passed. wait_h: for a person's."""
+
+    approval: Literal["auto", "person"] = "auto"
+    wait_h: Annotated[float, Field(gt=0)] = 72
+    webhook: str | None = None
+
+    @field_validator("webhook")
+    @classmethod
+    def _http(cls, address: str | None) -> str | None:
+        if address is not None:
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"`{address}` is no address (http://… or https://…)")
+            if parts.username or parts.password:
+                raise ValueError("no password in params.yaml: the secret that signs is enough")
+        return address
+
+
 class Run(Section):
     side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
@@ -479,6 +499,7 @@ class Config(Section):
     evaluate: Evaluate
     compare: Compare = Compare()
     gate: dict[str, Gate]
+    promotion: Promotion = Promotion()
     run: Run
     schedule: Schedule
     versioning: Versioning

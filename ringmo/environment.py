@@ -30,11 +30,19 @@ TRACKING_URI = Variable(
 PREFECT_API_URL = Variable(
     "PREFECT_API_URL", str, "Prefect's server; unset: the one of `ringmo up`, else a temporary one"
 )
+PREFECT_AUTH = Variable(
+    "PREFECT_API_AUTH_STRING", str, "user:password of a Prefect server with basic auth", secret=True
+)
+WEBHOOK_SECRET = Variable(
+    "RINGMO_WEBHOOK_SECRET", str, "signs what promotion.webhook is sent", secret=True
+)
 
 VARIABLES = (
     WORKSPACE,
     TRACKING_URI,
     PREFECT_API_URL,
+    PREFECT_AUTH,
+    WEBHOOK_SECRET,
     Variable("MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"),
     Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True),
     Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", int, "seconds to wait for MLflow's answer (30)"),

@@ -33,7 +33,7 @@ def tracking_uri(workspace: Workspace) -> str:
 
     The last two show the same runs, models and files: the server keeps them in that SQLite file.
     """
-    return TRACKING_URI.read() or _local_server(workspace) or _sqlite(workspace)
+    return TRACKING_URI.read() or local_server(workspace, "mlflow") or _sqlite(workspace)
 
 
 def run_url(uri: str, experiment: str, run: str) -> str | None:
@@ -47,9 +47,10 @@ def _sqlite(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.state / 'mlflow' / 'mlflow.db'}"
 
 
-def _local_server(workspace: Workspace) -> str | None:
+def local_server(workspace: Workspace, name: str) -> str | None:
+    """Address of `mlflow` or `prefect`, as `ringmo up` started it in the workspace and it lives."""
     try:
-        entry = json.loads((workspace.state / "services.json").read_text())["mlflow"]
+        entry = json.loads((workspace.state / "services.json").read_text())[name]
         os.kill(int(entry["pid"]), 0)
         return str(entry["url"])
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, ProcessLookupError):
@@ -82,6 +83,8 @@ def _mlflow() -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs every error of the database with its trace, and raises it as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
 
 
@@ -163,6 +166,7 @@ class Tracker:
                 folder.mkdir(parents=True, exist_ok=True)
                 with claim(folder / "create.lock"):
                     self._client.search_experiments(max_results=1)
+        self.opened = time.monotonic()  # importing MLflow, bit by bit, is over
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
@@ -173,13 +177,52 @@ class Tracker:
         try:
             yield
         except MlflowException as error:
-            line = str(error.message).strip().splitlines()[0][:240]
+            line = _first_line(error.message)
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise BadInput(f"MLflow at {self.uri}: {line}") from None
             raise Unreachable(f"MLflow at {self.uri}: {line}") from None
         except (SQLAlchemyError, OSError) as error:
-            line = str(error).strip().splitlines()[0][:240]
-            raise Unreachable(f"MLflow at {self.uri}: {line}") from None
+            raise Unreachable(f"MLflow at {self.uri}: {_first_line(error)}") from None
+        except Exception as error:
+            # An artifact store in S3 is written by boto3, whose errors have no common ancestor.
+            if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
+                raise
+            raise Unreachable(
+                f"the artifact store of MLflow at {self.uri}: {_first_line(error)}"
+            ) from None
+
+    def claim_name(self, name: str, tags: Mapping[str, Any]) -> bool:
+        """Whether the name is ours: of all who claim one, on any machine, exactly one gets it.
+
+        The claim is an experiment of that name, which MLflow's database lets exist once; it holds
+        `tags` as soon as it is there, and for ever. Asked again with the same tags, by a client
+        that never heard the first answer, it is still ours.
+        """
+        from mlflow.exceptions import MlflowException
+
+        place = None if self.uri.startswith("http") else str(self._artifacts / "claims")
+        with self._asking():
+            try:
+                self._client.create_experiment(name, place, _texts(tags))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                there = self._client.get_experiment_by_name(name)
+                return there is not None and _texts(tags).items() <= dict(there.tags).items()
+        return True
+
+    def claims(self, prefix: str) -> dict[str, dict[str, str]]:
+        """Claimed names that begin with `prefix` and are not retired, each with its tags."""
+        with self._asking():
+            found = self._client.search_experiments(filter_string=f"name LIKE '{prefix}%'")
+            return {one.name: dict(one.tags) for one in found if one.name.startswith(prefix)}
+
+    def retire_claim(self, name: str) -> None:
+        """Take a claim out of sight. Its name stays taken."""
+        with self._asking():
+            there = self._client.get_experiment_by_name(name)
+            if there is not None and there.lifecycle_stage == "active":
+                self._client.delete_experiment(there.experiment_id)
 
     # Runs
 
@@ -386,6 +429,11 @@ class Tracker:
         with self._asking():
             self._client.set_registered_model_alias(model, alias, str(version))
 
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Take an alias away; one that is not there is no error."""
+        with self._asking():
+            self._client.delete_registered_model_alias(model, alias)
+
     def tag_version(self, version: Version, tags: Mapping[str, Any]) -> None:
         with self._asking():
             for key, text in _texts(tags).items():
@@ -399,13 +447,13 @@ class Tracker:
         """
         if not version.run_id:
             return Path(version.source)
-        uri = f"{version.source.rstrip('/')}/data/bundle"
+        uri = _bundle_uri(version)
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
             if not local.is_dir():
                 raise BadInput(f"{version}: {local} is missing: its files were moved or deleted")
             return local
-        kept = self.workspace.state / "bundles" / (version.bundle_hash or str(version))
+        kept = self._kept_bundle(version)
         if not kept.is_dir():
             mlflow = _mlflow()
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -416,6 +464,36 @@ class Tracker:
                 with contextlib.suppress(FileExistsError):
                     Path(fetched).rename(kept)
         return kept
+
+    def bundle_here(self, version: Version) -> Path | None:
+        """The version's bundle, if it can be read without fetching it. Looks where it is kept.
+
+        Raises:
+            BadInput: its files are gone from where they are kept. Unreachable: cannot look now.
+        """
+        uri = _bundle_uri(version)
+        if Path(uri.removeprefix("file://")).is_absolute():
+            return self.bundle_folder(version)
+        mlflow = _mlflow()
+        with self._asking():
+            found = mlflow.artifacts.list_artifacts(artifact_uri=uri, tracking_uri=self.uri)
+        files = [Path(one.path).name for one in found if one.file_size]
+        if len(files) < 2:
+            there = ", ".join(files) or "nothing"
+            raise BadInput(f"{version}: its files were moved or deleted: {uri} holds {there}")
+        kept = self._kept_bundle(version)
+        return kept if kept.is_dir() else None
+
+    def _kept_bundle(self, version: Version) -> Path:
+        return self.workspace.state / "bundles" / (version.bundle_hash or str(version))
+
+
+def _bundle_uri(version: Version) -> str:
+    return f"{version.source.rstrip('/')}/data/bundle"
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
 
 
 def save_pyfunc(bundle: Path, folder: Path) -> None:

@@ -1,24 +1,20 @@
-"""Small real models, and MLflow's database made once: its first use takes seconds."""
+"""Small real models, and what takes seconds made once: MLflow's database, servers, versions."""
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from registered import register_three, write_model
+from servers import S3, MLflow, Postgres
+from tiny import TINY
 
 from ringmo.config import Config
-from ringmo.stage import Report
 from ringmo.workspace import Workspace
-
-CLASSES = ["airport", "forest", "river"]
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +40,55 @@ def tracked(workspace: Workspace, fresh_database: Path, monkeypatch: Any) -> Wor
     return workspace
 
 
+@pytest.fixture(scope="session")
+def registered_once(tmp_path_factory: pytest.TempPathFactory, fresh_database: Path) -> Workspace:
+    """A workspace whose three models are registered; tests have copies of it."""
+    from ringmo import config
+    from ringmo.workspace import init
+
+    made = init(tmp_path_factory.mktemp("registered") / "workspace")
+    config.edit(made.params_file, TINY)
+    (made.state / "mlflow").mkdir(parents=True)
+    shutil.copyfile(fresh_database, made.state / "mlflow" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        register_three(made)
+    return made
+
+
+@pytest.fixture
+def three(registered_once: Workspace, tmp_path: Path, monkeypatch: Any) -> Workspace:
+    """Three versions that the gate has passed, in a SQLite file; no champion."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = Workspace(tmp_path / "workspace")
+    shutil.copytree(registered_once.root, made.root)
+    places = ("model_versions.source", "model_versions.storage_location", "runs.artifact_uri")
+    with sqlite3.connect(made.state / "mlflow" / "mlflow.db") as database:
+        for place in (*places, "experiments.artifact_location"):
+            table, column = place.split(".")
+            database.execute(
+                f"UPDATE {table} SET {column} = replace({column}, ?, ?)",
+                (str(registered_once.root), str(made.root)),
+            )
+    database.close()
+    return made
+
+
+@pytest.fixture
+def three_central(central: Any, workspace: Workspace) -> Workspace:
+    """The same in MLflow over PostgreSQL and S3."""
+    register_three(workspace)
+    return workspace
+
+
+@pytest.fixture(params=["sqlite", pytest.param("central", marks=pytest.mark.slow)])
+def anywhere(request: Any) -> Workspace:
+    """`three` and `three_central`, one after the other."""
+    name = "three" if request.param == "sqlite" else "three_central"
+    found: Workspace = request.getfixturevalue(name)
+    return found
+
+
 @pytest.fixture
 def config(workspace: Workspace) -> Config:
     return Config.load(workspace.params_file)
@@ -53,124 +98,77 @@ MakeModel = Callable[..., Path]
 
 
 @pytest.fixture
-def make_model(workspace: Workspace, config: Config) -> MakeModel:
-    """`make_model(seed)` writes a real, untrained model where fine-tuning or pre-training would."""
-
-    def make(
-        seed: int = 0,
-        *,
-        kind: str = "scene",
-        generated: bool = False,
-        encoder_hash: str | None = None,
-        folder: Path | None = None,
-        accuracy: float = 0.5,
-    ) -> Path:
-        import torch
-
-        torch.set_num_threads(1)  # a model this small only waits for a second thread
-
-        from ringmo.models.backbone import encoder
-        from ringmo.models.classifier import Classifier
-        from ringmo.registry import bundle
-
-        torch.manual_seed(seed)
-        trunk = encoder(config.model, {"rgb": 3}, finetuning=kind == "scene")
-        scene = kind == "scene"
-        model = Classifier(trunk, len(CLASSES)) if scene else trunk
-        stage = "finetune@scene" if scene else "pretrain"
-        into = folder or workspace.work(stage) / ("model" if scene else "encoder")
-        meta = {
-            "kind": kind,
-            "architecture": config.model.model_dump(),
-            "image_size": config.model.image_size,
-            "sensors": {"rgb": config.sensors["rgb"].model_dump()},
-            "sensor": "rgb" if scene else None,
-            "classes": CLASSES if scene else None,
-            "generated": generated,
-            "lineage": {
-                "selection": "5e1ec7",
-                "encoder": encoder_hash,
-                "params": "9a",
-                "revision": 1,
-            },
-            "figures": {"val_accuracy": accuracy},
-        }
-        example = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-        bundle.write(into, model, meta, example)
-        if scene and folder is None:
-            judged = bundle.load(into).hash
-            figures = {"test_accuracy": accuracy, "bundle_hash": judged}
-            report = Report("evaluate@scene", figures=figures)
-            report.write(workspace.work("evaluate@scene") / "report.json")
-        return into
-
-    return make
-
-
-class Server:
-    """A real MLflow server on a free port, which can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *, keeps_artifacts: bool = False) -> None:
-        env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-        env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
-            "false"  # seven processes that nothing here uses
-        )
-        artifacts = (
-            ("--serve-artifacts", "--artifacts-destination", str(self.folder / "kept"))
-            if keeps_artifacts
-            else ("--no-serve-artifacts", "--default-artifact-root", str(self.folder / "artifacts"))
-        )
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-                *("--port", str(self.port), "--workers", "1"),
-                *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
-                *artifacts,
-            ],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        limit = time.monotonic() + 120
-        while time.monotonic() < limit:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.3)
-        raise TimeoutError(f"MLflow did not start at {self.url}")
-
-    def stop(self) -> None:
-        import psutil
-
-        if self.process is not None:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            for child in children:
-                child.kill()
-            self.process.wait()
-            psutil.wait_procs(children, timeout=10)
-            self.process = None
+def make_model(workspace: Workspace) -> MakeModel:
+    """`make_model(seed)` is `write_model` in the test's workspace."""
+    return partial(write_model, workspace)
 
 
 @pytest.fixture
-def server(tmp_path: Path, fresh_database: Path, request: Any) -> Iterator[Server]:
-    """Running; with `indirect` parameter True, one that keeps artifacts itself."""
+def server(tmp_path: Path, fresh_database: Path, request: Any) -> Iterator[MLflow]:
+    """Running, over SQLite; with `indirect` parameter True, one that keeps artifacts itself."""
     folder = tmp_path / "server"
     folder.mkdir()
     shutil.copyfile(fresh_database, folder / "mlflow.db")
-    made = Server(folder)
+    kept = getattr(request, "param", False)
+    artifacts = str(folder / ("kept" if kept else "artifacts"))
+    made = MLflow(f"sqlite:///{folder / 'mlflow.db'}", artifacts, kept=kept)
     try:
-        made.start(keeps_artifacts=getattr(request, "param", False))
+        made.start()
         yield made
     finally:
         made.stop()
+
+
+class Central:
+    """What several machines share: MLflow over PostgreSQL, its artifacts in S3."""
+
+    def __init__(self, folder: Path) -> None:
+        self.postgres, self.s3 = Postgres(), S3(folder)
+        self.mlflow: MLflow | None = None
+
+    def start(self) -> None:
+        self.postgres.start()
+        self.s3.start()
+        self.name = self.postgres.database()
+        database, artifacts = self.postgres.uri(self.name), "s3://bucket/mlflow"
+        environment = self.s3.environment
+        self.mlflow = MLflow(database, artifacts, kept=True, environment=environment)
+        self.mlflow.start()
+
+    def stop(self) -> None:
+        if self.mlflow is not None:
+            self.mlflow.stop()
+        self.s3.stop()
+        self.postgres.stop()
+
+    @property
+    def url(self) -> str:
+        assert self.mlflow is not None
+        return self.mlflow.url
+
+    def empty(self) -> None:
+        """As if nothing had ever been logged or registered."""
+        rows = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+        tables = [name for (name,) in self.postgres.rows(rows, self.name)]
+        names = ", ".join(name for name in tables if name != "alembic_version")
+        self.postgres.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE", self.name)
+
+
+@pytest.fixture(scope="session")
+def central_made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Central]:
+    made = Central(tmp_path_factory.mktemp("s3"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def central(central_made: Central, monkeypatch: Any) -> Central:
+    """Empty, and named by MLFLOW_TRACKING_URI; clients may reach its S3 themselves."""
+    central_made.empty()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", central_made.url)
+    for name, value in central_made.s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return central_made
