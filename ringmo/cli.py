@@ -591,7 +591,7 @@ def _compare(arguments: Arguments) -> None:
 
 
 def _models(arguments: Arguments) -> None:
-    from ringmo.registry import lineage, promotion
+    from ringmo.registry import listing, promotion
 
     _, workspace = _open(arguments)
     if arguments.history:
@@ -605,10 +605,10 @@ def _models(arguments: Arguments) -> None:
         text = console.table([[row.get(name) or "-" for name in names] for row in moves], names)
         console.result({"history": moves}, text if moves else "No promotion yet.")
         return
-    rows = lineage.models(workspace, arguments.task)
+    rows = listing.models(workspace, arguments.task)
     console.result(
         {"models": rows},
-        lineage.models_text(rows) if rows else "No model registered yet. Next: ringmo run",
+        listing.models_text(rows) if rows else "No model registered yet. Next: ringmo run",
     )
 
 
@@ -619,11 +619,11 @@ def _mover(arguments: Arguments) -> str:
 
 
 def _promote(arguments: Arguments) -> None:
-    from ringmo.registry import lineage, promotion
+    from ringmo.registry import listing, promotion
 
     _, workspace = _open(arguments)
     ref = arguments.ref
-    chosen = lineage.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
+    chosen = listing.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
     moved = promotion.promote(
         workspace,
         chosen.model,

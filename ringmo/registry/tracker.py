@@ -395,13 +395,24 @@ class Tracker:
         """
         if not version.run_id:
             return Path(version.source)
-        uri = f"{version.source.rstrip('/')}/data/bundle"
+        return self._folder(version, "data/bundle", "bundles")
+
+    def lineage_folder(self, version: Version) -> Path:
+        """The files that a version's lineage is told from, on this machine's disk.
+
+        Raises:
+            BadInput, Unreachable: as `bundle_folder`.
+        """
+        return self._folder(version, "lineage", "lineage")
+
+    def _folder(self, version: Version, name: str, place: str) -> Path:
+        uri = f"{version.source.rstrip('/')}/{name}"
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
             if not local.is_dir():
                 raise BadInput(f"{version}: {local} is missing: its files were moved or deleted")
             return local
-        kept = self.workspace.state / "bundles" / (version.bundle_hash or str(version))
+        kept = self.workspace.state / place / (version.bundle_hash or str(version))
         if not kept.is_dir():
             mlflow = _mlflow()
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -409,8 +420,11 @@ class Tracker:
                 fetched = mlflow.artifacts.download_artifacts(
                     artifact_uri=uri, dst_path=scratch, tracking_uri=self.uri
                 )
-                with contextlib.suppress(FileExistsError):
+                try:
                     Path(fetched).rename(kept)
+                except OSError:
+                    if not kept.is_dir():  # else another command was quicker
+                        raise
         return kept
 
 
