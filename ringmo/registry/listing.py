@@ -19,7 +19,7 @@ def resolve(workspace: Workspace, ref: str, tracker: Tracker | None = None) -> V
     """
     named = re.fullmatch(r"([a-z][a-z0-9_-]*)(?:@([a-z]+)|/(\d+))", ref)
     if Path(ref).is_dir() and (not named or (Path(ref) / "model.json").exists()):
-        return _of_folder(Path(ref))
+        return of_folder(Path(ref))
     if not named:
         raise BadInput(f"{ref}: no model's name (scene@champion, scene/7) and no bundle's folder")
     model, alias, number = named.groups()
@@ -37,7 +37,7 @@ def resolve(workspace: Workspace, ref: str, tracker: Tracker | None = None) -> V
     raise BadInput(f"{ref}: no such version (there are: {known})")
 
 
-def _of_folder(folder: Path) -> Version:
+def of_folder(folder: Path) -> Version:
     """A bundle that was never registered, as far as it can tell of itself."""
     from ringmo.registry.bundle import load_meta
 

@@ -1,11 +1,11 @@
 """What a version takes along into the registry: all that its lineage is told from, as files.
 
-    dvc.lock, dvc.yaml, params.yaml, revisions.yaml, store.dvc    what ran, on what
-    environment.txt, source.patch       the libraries, and how the code differed from its commit
-    outs/PATH.json                      DVC's list of the files of each folder that dvc.lock names
-    reports/STAGE.json                  figures of each stage, and the machine it ran on
-    data.json, tiles.parquet            the data version, and the tiles that this model saw
-    SHA256SUMS                          of these files; its own hash is a tag of the version
+dvc.lock, dvc.yaml, params.yaml, revisions.yaml, store.dvc    what ran, on what
+environment.txt, source.patch       the libraries, and how the code differed from its commit
+outs/PATH.json                      DVC's list of the files of each folder that dvc.lock names
+reports/STAGE.json                  figures of each stage, and the machine it ran on
+data.json, tiles.parquet            the data version, and the tiles that this model saw
+SHA256SUMS                          of these files; its own hash is a tag of the version
 """
 
 import hashlib

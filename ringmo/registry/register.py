@@ -207,6 +207,13 @@ def code_version() -> tuple[str, bool]:
     return commit.decode().strip(), not _git("status", "--porcelain", "--", *CODE)
 
 
+def commit_known(commit: str) -> bool:
+    """Whether this code's repository has the commit, or this package is the version it names."""
+    if commit.startswith("ringmo "):
+        return code_version() == (commit, True)
+    return _git("cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
 def _source_patch() -> bytes:
     patch = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
     new = (_git("ls-files", "--others", "--exclude-standard", "--", *CODE) or b"").decode()

@@ -135,8 +135,8 @@ def read(path: Path, columns: Iterable[str] = tuple(WANTED)) -> "pyarrow.Table":
 def summary(path: Path) -> dict[str, Any]:
     """What a table holds: tiles, {split: tiles}, sources and classes.
 
-    sources: rows of source (its root), tiles, share, {split: tiles}, the largest first. classes:
-    name → training tiles.
+    sources: rows of source (its root), tiles, share, {split: tiles}, classes, the largest first.
+    classes: name → training tiles.
     """
     table = read(path, ("split", "part", "source_root", "classes", *RIGHTS)).to_pandas()
     table["source_root"] = table["source_root"].fillna("not recorded")
@@ -147,18 +147,24 @@ def summary(path: Path) -> dict[str, Any]:
             "tiles": len(own),
             "share": len(own) / len(table),
             **splits(own["split"]),
+            "classes": _training_classes(own),
         }
         for name in RIGHTS:
             row[name] = ", ".join(sorted(own[name].dropna().unique())) or None
         sources.append(row)
-    train = table[table["split"] == "train"]
-    classes = Counter(name for names in train["classes"] for name in names)
     return {
         "tiles": len(table),
         **splits(table["split"]),
         "sources": sorted(sources, key=lambda row: -row["tiles"]),
-        "classes": dict(sorted(classes.items())),
+        "classes": _training_classes(table),
     }
+
+
+def _training_classes(table: "pandas.DataFrame") -> dict[str, int]:
+    """Class → training tiles that its labels name it in."""
+    train = table[table["split"] == "train"]
+    counts = Counter(name for names in train["classes"] for name in names)
+    return dict(sorted(counts.items()))
 
 
 def splits(column: Any) -> dict[str, int]:
