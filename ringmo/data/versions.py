@@ -381,6 +381,23 @@ def pull(workspace: Workspace, config: Config) -> None:
     _dvc(workspace, *arguments, "--remote", REMOTE)
 
 
+def fetch(workspace: Workspace, config: Config, of: Workspace, what: str) -> None:
+    """Bring what a DVC file names from the remote of another workspace into this one's cache.
+
+    Raises:
+        Unreachable, BadInput: as in `push`.
+    """
+    url = config.versioning.remote
+    if "://" not in url:
+        folder = of.root / Path(url).expanduser()
+        if not folder.is_dir():
+            raise BadInput(f"there is no remote at {folder}")
+        remote = config.versioning.model_copy(update={"remote": str(folder)})
+        config = config.model_copy(update={"versioning": remote})
+    _set_remote(workspace, config)
+    _dvc(workspace, "fetch", "--no-run-cache", "--remote", REMOTE, what)
+
+
 def _set_remote(workspace: Workspace, config: Config) -> None:
     """Write the remote of params.yaml into .dvc/config, so that plain `dvc pull` works too."""
     from dvc.config_schema import RelPath

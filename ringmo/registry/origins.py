@@ -45,8 +45,7 @@ def write(
         path = workspace.root / name
         if path.is_file():
             (folder / name).write_bytes(path.read_bytes())
-    installed = sorted({f"{d.name}=={d.version}" for d in metadata.distributions()})
-    (folder / "environment.txt").write_text("\n".join(installed) + "\n")
+    (folder / "environment.txt").write_text("\n".join(installed()) + "\n")
     if patch is not None:
         (folder / PATCH).write_bytes(patch)
     version = versions.selected_version(workspace)
@@ -70,6 +69,11 @@ def write(
     sums = "".join(f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
     (folder / SUMS).write_text(sums)
     return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def installed() -> list[str]:
+    """The packages of this environment, as name==version."""
+    return sorted({f"{d.name}=={d.version}" for d in metadata.distributions()})
 
 
 def _write_store(workspace: Workspace, folder: Path, version: str | None) -> None:

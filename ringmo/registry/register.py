@@ -214,6 +214,19 @@ def commit_known(commit: str) -> bool:
     return _git("cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
+def is_this_code(commit: str, patch: bytes | None) -> bool:
+    """Whether this code is the commit with the patch (None: as it is)."""
+    return code_version() == (commit, patch is None) and (patch is None or patch == _source_patch())
+
+
+def archive(commit: str) -> bytes:
+    """The files of a commit of this code's repository, as a tar."""
+    files = _git("archive", "--format=tar", commit)
+    if files is None:
+        raise BadInput(f"git cannot give the files of commit {commit}")
+    return files
+
+
 def _source_patch() -> bytes:
     patch = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
     new = (_git("ls-files", "--others", "--exclude-standard", "--", *CODE) or b"").decode()
