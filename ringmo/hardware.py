@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 # Libraries whose version can change a result's last bits, or what a table's bytes are.
@@ -58,14 +59,19 @@ def in_short(machine: dict[str, Any]) -> str:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two machines of what can change a result, a phrase each."""
-    said = []
-    for name in ("cpu", "system", "instructions", "threads", "processes", "deterministic"):
-        if was.get(name) != now.get(name):
-            said.append(f"{name} was {was.get(name)}, is {now.get(name)}")
-    for name in ("gpu", "cuda", "cudnn", "cudnn_deterministic", "tf32"):
-        if was.get(name) != now.get(name):
-            said.append(f"{name} was {was.get(name, 'none')}, is {now.get(name, 'none')}")
+    """What differs between two machines of what can change a result, a phrase each.
+
+    What PyTorch says is compared where both had loaded it.
+    """
+    names = ["cpu", "system", "processes"]
+    if "threads" in was and "threads" in now:
+        names += ["instructions", "threads", "deterministic"]
+        names += ["gpu", "cuda", "cudnn", "cudnn_deterministic", "tf32"]
+    said = [
+        f"{name} was {was.get(name, 'none')}, is {now.get(name, 'none')}"
+        for name in names
+        if was.get(name) != now.get(name)
+    ]
     before, here = was.get("packages", {}), now.get("packages", {})
     for name in PINS:
         if before.get(name) != here.get(name):
@@ -85,7 +91,7 @@ def _packages() -> dict[str, str]:
 
 def _cpu() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
+        with Path("/proc/cpuinfo").open() as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()

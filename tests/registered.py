@@ -1,6 +1,7 @@
 """A small chain, made by the real stages, on record with DVC and registered in MLflow."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ from ringmo.data import versions
 from ringmo.workspace import Workspace, init
 
 
-def registered_chain(folder: Path, **values: Any) -> Workspace:
+def registered_chain(folder: Path, database: Path, **values: Any) -> Workspace:
     """`folder/workspace`, whose scene/1 and encoder/1 are champions.
 
-    Trained on folder/town and folder/country, which have 16 and 8 images of each class.
+    Trained on folder/town and folder/country, which have 16 and 8 images of each class. database:
+    an empty one of MLflow.
     """
     import torch
 
@@ -30,6 +32,8 @@ def registered_chain(folder: Path, **values: Any) -> Workspace:
     workspace = init(folder / "workspace")
     places = {"ingest.sources": [str(source) for source in sources]}
     config.edit(workspace.params_file, TINY | places | values)
+    (workspace.state / "mlflow").mkdir(parents=True)
+    shutil.copyfile(database, workspace.state / "mlflow" / "mlflow.db")
     settings = Config.load(workspace.params_file)
     versions.sync_revisions(workspace)
     torch.set_num_threads(1)

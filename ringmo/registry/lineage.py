@@ -211,7 +211,7 @@ def who_saw(workspace: Workspace, what: str) -> dict[str, Any]:
             silent.append(str(version))
         else:
             sightings[str(version)] = _sightings(kept.tiles, tests, examples)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for version in found:
         how = [_sighting(version, None, one) for one in sightings.get(str(version), [])]
         encoder = encoders.get(version.tags.get("encoder_hash", "-"))

@@ -18,7 +18,6 @@ from ringmo import console, hardware, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
 from ringmo.registry import origins
-from ringmo.registry.origins import ENCODER
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
@@ -26,6 +25,7 @@ from ringmo.workspace import Workspace
 if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
+ENCODER = origins.ENCODER
 CODE = ("ringmo", "flows", "pyproject.toml", "constraints.txt")  # what a source patch covers
 
 

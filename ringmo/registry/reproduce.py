@@ -229,7 +229,11 @@ def _data(workspace: Workspace, plan: _Plan) -> None:
     if data:
         _give(theirs.file(version), data)
     for name, md5 in files.items():
-        _link(ours.file(md5), theirs.file(md5))
+        ours_too = workspace.store / name
+        if _link(ours.file(md5), theirs.file(md5)) or not ours_too.is_file():
+            continue
+        if versions.file_md5(ours_too) == md5:
+            _link(ours_too, theirs.file(md5))
     absent = {name: md5 for name, md5 in files.items() if not theirs.file(md5).is_file()}
     if absent or not data:
         (plan.place.root / "data").mkdir(exist_ok=True)

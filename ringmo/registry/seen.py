@@ -69,7 +69,8 @@ def write(path: Path, selection: Path, manifest: "pandas.DataFrame | None") -> i
         known = manifest.set_index("key").reindex(table["key"])
         for name in WANTED:
             if name in known.columns and name != "split":
-                table[name] = known[name].to_numpy()
+                values = pd.Series(known[name].to_numpy(), table.index)
+                table[name] = table[name].fillna(values) if name in table else values
         for name in ("mask_counts", "boxes_classes"):
             table[name] = known[name].to_numpy()
     table["classes"] = _classes(table)
@@ -100,10 +101,10 @@ def _classes(rows: "pandas.DataFrame") -> list[list[str]]:
 
     count = len(rows)
     nothing = [None] * count
-    labels = rows["label"] if "label" in rows else nothing
+    labels = rows.get("label", nothing)
     boxes = rows["boxes_classes"] if "boxes_hash" in rows else nothing
-    names = rows["mask_names"] if "mask_names" in rows else nothing
-    pixels = rows["mask_counts"] if "mask_counts" in rows else nothing
+    names = rows.get("mask_names", nothing)
+    pixels = rows.get("mask_counts", nothing)
     found = []
     for part, label, box, mask, counts in zip(
         rows["part"], labels, boxes, names, pixels, strict=True
