@@ -293,13 +293,12 @@ class _Chain:
 
     def _inputs(self) -> Outcome:
         """What the training read of the selection is what `select` wrote."""
-        listing, out = {}, _md5_of(self._entry("select").get("outs", []), "work/select")
+        out = _md5_of(self._entry("select").get("outs", []), "work/select")
         if out is None:
             return NOT_HERE, "dvc.lock has no select"
-        found = self._listing("work/select", out)
-        if found is None:
+        listing = self._listing("work/select", out)
+        if listing is None:
             return NOT_HERE, "DVC's list of work/select is neither kept nor in the cache"
-        listing = found
         if versions.folder_hash(listing) != out:
             return BROKEN, "DVC's list of work/select is not the one in dvc.lock"
         deps = self._entry(self.stage).get("deps", [])
