@@ -184,7 +184,7 @@ def push(config: Config, workspace: Workspace) -> None:
 def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> dict[str, Any]:
     """What came out of a run, from the reports that its stages left."""
     from ringmo import services
-    from ringmo.registry import lineage
+    from ringmo.registry import listing
 
     def figures(stage: str) -> dict[str, Any]:
         report = Report.read(workspace.work(stage) / "report.json")
@@ -214,7 +214,7 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         report = Report.read(workspace.report_file(f"register@{task}"))
         made = report.figures if report else {}
         champion = next(
-            (row for row in lineage.models(workspace, task) if "champion" in row["aliases"]), None
+            (row for row in listing.models(workspace, task) if "champion" in row["aliases"]), None
         )
         new = not cached.get(f"register@{task}", True)
         if new and made.get("verdict") == "refused" and task != "encoder":

@@ -174,7 +174,26 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--by", metavar="NAME", help="who; default: the user of this machine")
         added.add_argument("--reason", metavar="TEXT", default="", help="why")
     lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
-    lineage.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
+    asked = lineage.add_mutually_exclusive_group(required=True)
+    asked.add_argument("ref", metavar="REF", nargs="?", help="e.g. scene@champion, scene/7")
+    asked.add_argument(
+        "--of",
+        metavar="WHAT",
+        help="the other way round: every model that saw an image file, a folder, a source or a "
+        "pattern of sources ('Beach/*'), a tile's key, or a data version",
+    )
+    lineage.add_argument("--html", metavar="FILE", help="write the tree as a page to look at")
+    lineage.add_argument(
+        "--verify", action="store_true", help="recompute the hashes from the model to the pixels"
+    )
+    lineage.add_argument(
+        "--deep", action="store_true", help="with --verify: read every byte of the data version too"
+    )
+    reproduce = verb("reproduce", _reproduce, "make a model again from its lineage, and compare")
+    reproduce.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
+    reproduce.add_argument(
+        "--to", metavar="DIR", help="where; default: .ringmo/reproduced/MODEL-VERSION"
+    )
 
     predict = verb("predict", _predict, "answer for images with a registered model")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
@@ -598,7 +617,7 @@ def _compare(arguments: Arguments) -> None:
 
 
 def _models(arguments: Arguments) -> None:
-    from ringmo.registry import lineage, promotion
+    from ringmo.registry import listing, promotion
 
     _, workspace = _open(arguments)
     if arguments.history:
@@ -607,10 +626,10 @@ def _models(arguments: Arguments) -> None:
         text = promotion.history_text(moves) if moves else "No promotion yet."
         console.result({"history": moves}, text)
         return
-    rows = lineage.models(workspace, arguments.task)
+    rows = listing.models(workspace, arguments.task)
     console.result(
         {"models": rows},
-        lineage.models_text(rows) if rows else "No model registered yet. Next: ringmo run",
+        listing.models_text(rows) if rows else "No model registered yet. Next: ringmo run",
     )
 
 
@@ -621,11 +640,11 @@ def _mover(arguments: Arguments) -> str:
 
 
 def _promote(arguments: Arguments) -> None:
-    from ringmo.registry import lineage, promotion
+    from ringmo.registry import listing, promotion
 
     _, workspace = _open(arguments)
     ref = arguments.ref
-    chosen = lineage.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
+    chosen = listing.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
     moved = promotion.promote(
         workspace,
         chosen.model,
@@ -647,12 +666,46 @@ def _rollback(arguments: Arguments) -> None:
     console.result(moved, promotion.move_text(moved))
 
 
-def _lineage(arguments: Arguments) -> None:
+def _lineage(arguments: Arguments) -> int:
     from ringmo.registry import lineage
 
     _, workspace = _open(arguments)
+    if arguments.deep and not arguments.verify:
+        raise BadInput("--deep belongs to --verify")
+    if (arguments.html or arguments.verify) and arguments.of:
+        raise BadInput("--of answers with a table: it takes neither --html nor --verify")
+    if arguments.html and arguments.verify:
+        raise BadInput("--verify answers with a table: ask for --html apart")
+    if arguments.of:
+        answer = lineage.who_saw(workspace, arguments.of)
+        console.result(answer, lineage.who_saw_text(answer))
+        return 0
+    if arguments.verify:
+        from ringmo.registry import verify
+
+        links = verify.verify(workspace, arguments.ref, deep=arguments.deep)
+        console.result(verify.result(links), verify.text(links))
+        return 1 if verify.broken(links) else 0
     tree = lineage.lineage(workspace, arguments.ref)
+    if arguments.html:
+        from ringmo.registry import lineage_page
+
+        page = Path(arguments.html).resolve()
+        lineage_page.write(tree, page)
+        console.result({"page": str(page), **tree}, f"open file://{page} in a browser")
+        return 0
     console.result(tree, lineage.text(tree))
+    return 0
+
+
+def _reproduce(arguments: Arguments) -> int:
+    from ringmo.registry import reproduce
+
+    _, workspace = _open(arguments)
+    to = Path(arguments.to) if arguments.to else None
+    done = reproduce.reproduce(workspace, arguments.ref, to)
+    console.result(done, reproduce.text(done))
+    return 0 if done["reproduced"] else 1
 
 
 def _predict(arguments: Arguments) -> int:

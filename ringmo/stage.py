@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ringmo import hardware
 from ringmo.config import flatten
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError
 from ringmo.workspace import Workspace
@@ -24,7 +25,8 @@ class Report:
     """What a stage did.
 
     figures: numbers and short texts, flat, by name. tables: name → rows of equal keys.
-    run_dir: the training's run folder, relative to the workspace, where there is one.
+    run_dir: the training's run folder, relative to the workspace, where there is one. machine:
+    what it ran on (`hardware.described`).
     """
 
     stage: str
@@ -33,6 +35,7 @@ class Report:
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     run_dir: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     exit_code: int = 0
     reason: str | None = None
@@ -114,6 +117,7 @@ def run_stage(workspace: Workspace, stage: str, function: Callable[[Path], Repor
                 refusal = error
                 report = Report(stage, ok=False, exit_code=1, reason=str(error))
             report.seconds = round(time.monotonic() - started, 2)
+            report.machine = hardware.described()
             report.write(out / "report.json")
         report.write(workspace.report_file(stage))
     if refusal is not None:

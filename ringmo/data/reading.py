@@ -259,6 +259,14 @@ def _labels(
     return stack.enter_context(labels)
 
 
+def key(content: str, row: int, col: int, height: int, width: int, scale: float) -> str:
+    """A tile's key: of its image's bytes (their sha256, in hexadecimal) and its window."""
+    window = f"{content}:{row}:{col}:{height}:{width}"
+    if scale != 1:
+        window += f":{scale:.9g}"
+    return hashlib.sha256(window.encode()).hexdigest()[:16]
+
+
 def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile) -> Row:
     """A tile's row of the manifest, as far as its pixels and its scene know.
 
@@ -270,11 +278,8 @@ def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile)
     height, width, bands = pixels.shape
     minx, miny, maxx, maxy = tile.bounds
     scale = tile.window.scale
-    window = f"{content}:{tile.row}:{tile.col}:{height}:{width}"
-    if scale != 1:
-        window += f":{scale:.9g}"
     return {
-        "key": hashlib.sha256(window.encode()).hexdigest()[:16],
+        "key": key(content, tile.row, tile.col, height, width, scale),
         "size": len(tile.data),
         "row": tile.row,
         "col": tile.col,

@@ -7,9 +7,10 @@ which is quicker; whatever writes is a `dvc` process of its own, by this Python,
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -187,12 +188,70 @@ def _version(known: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _manifest_of(workspace: Workspace, row: dict[str, Any]) -> "pandas.DataFrame":
-    """The manifest of a version, from the store or from DVC's cache."""
-    digest = row.get("manifest", "")
-    cached = workspace.root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
-    if not digest or not cached.is_file():
+    """The manifest of a version, from DVC's cache or from the store."""
+    path = manifest_file(workspace, row.get("manifest", ""))
+    if path is None:
         raise BadInput(f"{row['version']}: its manifest is not in this workspace's DVC cache")
-    return store.read_table(cached, store.COLUMNS, "fetch it again with `dvc fetch`")
+    return store.read_table(path, store.COLUMNS, "fetch it again with `dvc fetch`")
+
+
+def manifest_file(workspace: Workspace, digest: str) -> Path | None:
+    """The manifest of this MD5: in DVC's cache, or the store's; None where neither has it."""
+    kept = Cache(workspace).file(digest)
+    if digest and kept.is_file():
+        return kept
+    ours = workspace.store / store.MANIFEST
+    return ours if ours.is_file() and file_md5(ours) == digest else None
+
+
+class Cache:
+    """DVC's cache of a workspace: files by their MD5, folders as lists of theirs."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.root = workspace.root / ".dvc" / "cache" / "files" / "md5"
+        if any(re.search(r"(?m)^\s*dir\s*=", path.read_text()) for path in _settings(workspace)):
+            with _repo(workspace) as repo:  # perhaps it lies elsewhere, shared by several
+                self.root = Path(repo.cache.local.path)
+
+    def file(self, digest: str) -> Path:
+        """Where the file, or the list, of this MD5 lies if it is here."""
+        return self.root / digest[:2] / digest[2:]
+
+    def listing(self, digest: str) -> bytes | None:
+        """A folder's list of files, as it lies there; None where it is not here."""
+        try:
+            return self.file(digest).read_bytes()
+        except OSError:
+            return None
+
+
+def _settings(workspace: Workspace) -> list[Path]:
+    names = ("config", "config.local")
+    return [path for name in names if (path := workspace.root / ".dvc" / name).is_file()]
+
+
+def listed(listing: bytes) -> dict[str, str]:
+    """A folder's list: path below the folder → MD5.
+
+    Raises:
+        BadInput: it is none.
+    """
+    try:
+        return {row["relpath"]: row["md5"] for row in json.loads(listing)}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput("not one of DVC's lists of a folder's files") from None
+
+
+def folder_hash(files: Mapping[str, str]) -> str:
+    """DVC's hash of a folder that holds these files: path below it → MD5."""
+    rows = [{"md5": files[path], "relpath": path} for path in sorted(files)]
+    return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def file_md5(path: Path) -> str:
+    """A file's MD5, which DVC knows it by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def stages(workspace: Workspace) -> list[StageInfo]:
@@ -320,6 +379,23 @@ def pull(workspace: Workspace, config: Config) -> None:
     _set_remote(workspace, config)
     arguments = ("pull", "--no-run-cache", "--allow-missing", "--force")
     _dvc(workspace, *arguments, "--remote", REMOTE)
+
+
+def fetch(workspace: Workspace, config: Config, of: Workspace, what: str) -> None:
+    """Bring what a DVC file names from the remote of another workspace into this one's cache.
+
+    Raises:
+        Unreachable, BadInput: as in `push`.
+    """
+    url = config.versioning.remote
+    if "://" not in url:
+        folder = of.root / Path(url).expanduser()
+        if not folder.is_dir():
+            raise BadInput(f"there is no remote at {folder}")
+        remote = config.versioning.model_copy(update={"remote": str(folder)})
+        config = config.model_copy(update={"versioning": remote})
+    _set_remote(workspace, config)
+    _dvc(workspace, "fetch", "--no-run-cache", "--remote", REMOTE, what)
 
 
 def _set_remote(workspace: Workspace, config: Config) -> None:

@@ -152,12 +152,12 @@ def open_bundle(
     """
     if (Path(ref) / META).is_file() or not NAME.fullmatch(str(ref)):
         return load_bundle(Path(ref), device)
-    from ringmo.registry import lineage, register
+    from ringmo.registry import listing, register
     from ringmo.registry.tracker import Tracker
 
     where = Workspace.find(workspace)
     tracker = Tracker(where)
-    bundle = register.open_bundle(tracker, lineage.resolve(where, str(ref), tracker))
+    bundle = register.open_bundle(tracker, listing.resolve(where, str(ref), tracker))
     return replace(bundle, model=bundle.model.to(device), device=device)
 
 

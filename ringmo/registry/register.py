@@ -10,14 +10,14 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ringmo
-from ringmo import console, tasks
+from ringmo import console, hardware, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
+from ringmo.registry import origins
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
@@ -25,7 +25,7 @@ from ringmo.workspace import Workspace
 if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
-ENCODER = "encoder"
+ENCODER = origins.ENCODER
 CODE = ("ringmo", "flows", "pyproject.toml", "constraints.txt")  # what a source patch covers
 
 
@@ -42,7 +42,7 @@ def register(config: Config, workspace: Workspace, task: str, tags: Mapping[str,
     """
     from ringmo.registry import bundle
 
-    stage = "pretrain" if task == ENCODER else f"finetune@{task}"
+    stage = stage_of(task)
     folder = workspace.work(stage) / (ENCODER if task == ENCODER else "model")
     model = bundle.load(folder)
     model.check_example()
@@ -54,6 +54,11 @@ def register(config: Config, workspace: Workspace, task: str, tags: Mapping[str,
         if "candidate" not in version.aliases:
             tracker.set_alias(task, "candidate", version.version)
     return tracker.version(task, version.version) or version
+
+
+def stage_of(model: str) -> str:
+    """The stage that makes a registered model: a task's, or the encoder."""
+    return "pretrain" if model == ENCODER else f"finetune@{model}"
 
 
 def open_bundle(tracker: Tracker, version: Version) -> "Bundle":
@@ -90,7 +95,13 @@ def _create(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
         save_pyfunc(model.folder, folder)
-        _write_lineage(workspace, folder / "lineage", bool(about["code_clean"]))
+        about["lineage_hash"] = origins.write(
+            workspace,
+            folder / "lineage",
+            task,
+            model.meta["lineage"].get("selection"),
+            None if about["code_clean"] else _source_patch(),
+        )
         evaluated = workspace.work(f"evaluate@{task}")
         if _evaluation(workspace, task, model):
             (folder / "evaluation").mkdir()
@@ -142,6 +153,7 @@ def _tags(
     )
     about: dict[str, Any] = {
         "bundle_hash": model.hash,
+        "weights": model.meta["weights_sha256"],
         "kind": model.meta["kind"],
         GENERATED: bool(model.meta[GENERATED]),
         "data_version": selected_version(workspace),
@@ -152,6 +164,9 @@ def _tags(
         "code_clean": clean,
         "ringmo_version": ringmo.__version__,
     }
+    trained = Report.read(workspace.work(stage_of(task)) / "report.json")
+    if trained is not None and trained.machine:
+        about["machine"] = hardware.in_short(trained.machine)
     if task != ENCODER:
         about["encoder_hash"] = lineage.get("encoder")
         about["encoder_version"] = str(encoder) if encoder else None
@@ -184,25 +199,32 @@ def _description(task: str, about: Mapping[str, Any]) -> str:
     )
 
 
-def _write_lineage(workspace: Workspace, folder: Path, clean: bool) -> None:
-    """What ran, as files: with them lineage needs no commit."""
-    folder.mkdir()
-    for name in ("dvc.lock", "dvc.yaml", "params.yaml", "revisions.yaml", "data/store.dvc"):
-        path = workspace.root / name
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    installed = sorted({f"{d.name}=={d.version}" for d in metadata.distributions()})
-    (folder / "environment.txt").write_text("\n".join(installed) + "\n")
-    if not clean:
-        (folder / "source.patch").write_bytes(_source_patch())
-
-
 def code_version() -> tuple[str, bool]:
     """The commit that this code is at, or the package's version, and whether it is unchanged."""
     commit = _git("rev-parse", "HEAD")
     if commit is None or _git("ls-files", "--error-unmatch", "ringmo/__init__.py") is None:
         return f"ringmo {ringmo.__version__}", True
     return commit.decode().strip(), not _git("status", "--porcelain", "--", *CODE)
+
+
+def commit_known(commit: str) -> bool:
+    """Whether this code's repository has the commit, or this package is the version it names."""
+    if commit.startswith("ringmo "):
+        return code_version() == (commit, True)
+    return _git("cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
+def is_this_code(commit: str, patch: bytes | None) -> bool:
+    """Whether this code is the commit with the patch (None: as it is)."""
+    return code_version() == (commit, patch is None) and (patch is None or patch == _source_patch())
+
+
+def archive(commit: str) -> bytes:
+    """The files of a commit of this code's repository, as a tar."""
+    files = _git("archive", "--format=tar", commit)
+    if files is None:
+        raise BadInput(f"git cannot give the files of commit {commit}")
+    return files
 
 
 def _source_patch() -> bytes:

@@ -25,6 +25,7 @@ PROBE_S = 3.0  # how long a server may take to say that it lives
 LOG_BATCH = 1000  # metrics a call that MLflow takes
 
 EXPERIMENTS_FOLDER = "artifacts"
+BUNDLE = "data/bundle"  # of a version's files
 GENERATED = "generated"
 
 
@@ -447,13 +448,24 @@ class Tracker:
         """
         if not version.run_id:
             return Path(version.source)
-        uri = _bundle_uri(version)
+        return self._folder(version, BUNDLE, "bundles")
+
+    def lineage_folder(self, version: Version) -> Path:
+        """The files that a version's lineage is told from, on this machine's disk.
+
+        Raises:
+            BadInput, Unreachable: as `bundle_folder`.
+        """
+        return self._folder(version, "lineage", "lineage")
+
+    def _folder(self, version: Version, name: str, place: str) -> Path:
+        uri = f"{version.source.rstrip('/')}/{name}"
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
             if not local.is_dir():
                 raise BadInput(f"{version}: {local} is missing: its files were moved or deleted")
             return local
-        kept = self._kept_bundle(version)
+        kept = self._kept(version, place)
         if not kept.is_dir():
             mlflow = _mlflow()
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -461,8 +473,11 @@ class Tracker:
                 fetched = mlflow.artifacts.download_artifacts(
                     artifact_uri=uri, dst_path=scratch, tracking_uri=self.uri
                 )
-                with contextlib.suppress(FileExistsError):
+                try:
                     Path(fetched).rename(kept)
+                except OSError:
+                    if not kept.is_dir():  # else another command was quicker
+                        raise
         return kept
 
     def bundle_here(self, version: Version) -> Path | None:
@@ -471,7 +486,7 @@ class Tracker:
         Raises:
             BadInput: its files are gone from where they are kept. Unreachable: cannot look now.
         """
-        uri = _bundle_uri(version)
+        uri = f"{version.source.rstrip('/')}/{BUNDLE}"
         if Path(uri.removeprefix("file://")).is_absolute():
             return self.bundle_folder(version)
         mlflow = _mlflow()
@@ -481,15 +496,11 @@ class Tracker:
         if len(files) < 2:
             there = ", ".join(files) or "nothing"
             raise BadInput(f"{version}: its files were moved or deleted: {uri} holds {there}")
-        kept = self._kept_bundle(version)
+        kept = self._kept(version, "bundles")
         return kept if kept.is_dir() else None
 
-    def _kept_bundle(self, version: Version) -> Path:
-        return self.workspace.state / "bundles" / (version.bundle_hash or str(version))
-
-
-def _bundle_uri(version: Version) -> str:
-    return f"{version.source.rstrip('/')}/data/bundle"
+    def _kept(self, version: Version, place: str) -> Path:
+        return self.workspace.state / place / (version.bundle_hash or str(version))
 
 
 def _first_line(error: object) -> str:

@@ -94,6 +94,22 @@ def config(workspace: Workspace) -> Config:
     return Config.load(workspace.params_file)
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, fresh_database: Path) -> Iterator[Workspace]:
+    """A chain that ran, with its own sources, DVC's record and its registered models."""
+    import torch
+    from registered_chain import registered_chain
+
+    threads = torch.get_num_threads()
+    uri = os.environ.pop("MLFLOW_TRACKING_URI", None)
+    try:
+        yield registered_chain(tmp_path_factory.mktemp("made"), fresh_database)
+    finally:
+        torch.set_num_threads(threads)
+        if uri:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+
+
 MakeModel = Callable[..., Path]
 
 
