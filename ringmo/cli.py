@@ -175,6 +175,13 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--reason", metavar="TEXT", default="", help="why")
     lineage = verb("lineage", _lineage, "where a model came from: from production to the pixels")
     lineage.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7")
+    card = verb("card", _card, "a model's card: what it is for, how good it is, and where not")
+    card.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7, encoder/3")
+    card.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for card.md and card.html; default: .ringmo/cards/MODEL-VERSION",
+    )
 
     predict = verb("predict", _predict, "answer for images with a registered model")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
@@ -651,6 +658,14 @@ def _lineage(arguments: Arguments) -> None:
     _, workspace = _open(arguments)
     tree = lineage.lineage(workspace, arguments.ref)
     console.result(tree, lineage.text(tree))
+
+
+def _card(arguments: Arguments) -> None:
+    from ringmo.registry import card
+
+    _, workspace = _open(arguments)
+    told = card.write(workspace, arguments.ref, Path(arguments.out) if arguments.out else None)
+    console.result(told, card.text(told))
 
 
 def _predict(arguments: Arguments) -> int:

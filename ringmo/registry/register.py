@@ -18,6 +18,7 @@ import ringmo
 from ringmo import console, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
+from ringmo.registry import origins
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
@@ -92,7 +93,9 @@ def _create(
         save_pyfunc(model.folder, folder)
         _write_lineage(workspace, folder / "lineage", bool(about["code_clean"]))
         evaluated = workspace.work(f"evaluate@{task}")
-        if _evaluation(workspace, task, model):
+        judged = _evaluation(workspace, task, model) is not None
+        origins.write(config, workspace, task, model, judged, folder / origins.FOLDER)
+        if judged:
             (folder / "evaluation").mkdir()
             for path in [*evaluated.glob("*.png"), *evaluated.glob("*.json")]:
                 (folder / "evaluation" / path.name).write_bytes(path.read_bytes())
