@@ -51,9 +51,11 @@ a { color: #0a5b94; text-decoration: none } a:hover { text-decoration: underline
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th { font-weight: 600; color: var(--soft); font-size: .83rem; vertical-align: bottom }
 th, td { text-align: left; padding: .34rem 1.3rem .34rem 0; border-bottom: 1px solid var(--line) }
-td { vertical-align: top; overflow-wrap: anywhere; min-width: 3.5rem }
+td { vertical-align: top; overflow-wrap: break-word }
+td.short { white-space: nowrap }
 th.number, td.number { text-align: right; white-space: nowrap }
-td.said { min-width: 9rem; max-width: 30rem }
+td.said { min-width: 12rem; max-width: 30rem; overflow-wrap: anywhere }
+.facts td { overflow-wrap: anywhere }
 .facts th { text-align: left; vertical-align: top; white-space: nowrap; font-weight: 500;
   font-size: .92rem; padding-right: 2rem; border-bottom-color: var(--line) }
 .bar { display: flex; align-items: center; gap: .6rem; white-space: nowrap; min-width: 11rem }
@@ -71,7 +73,9 @@ td.said { min-width: 9rem; max-width: 30rem }
 .track b { position: absolute; top: calc(50% - 5px); width: 10px; height: 10px; margin-left: -5px;
   border-radius: 50%; background: var(--blue) }
 .other .track i, .other .track b { background: #8a94a0 }
-figure { margin: 1.2rem 0 } figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem }
+figure { margin: 1.2rem 0 } figure.small { display: inline-block; vertical-align: top;
+  width: min(29rem, 100%); margin-right: 1rem }
+figcaption { color: var(--soft); font-size: .88rem; margin-top: .35rem }
 figure img { max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .3rem;
   display: block }
 .map svg { max-width: 100%; height: auto; border-radius: .3rem; display: block }
@@ -89,7 +93,8 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
   .facts tr { border-bottom: 1px solid var(--line); padding: .45rem 0 }
   .facts th { font-size: .83rem }
   .intervals div { grid-template-columns: 1fr auto; gap: 0 1rem }
-  .intervals .track { grid-column: 1 / 3; grid-row: 2 } td.said { max-width: 16rem }
+  .intervals .track { grid-column: 1 / 3; grid-row: 2 } td.said { max-width: 18rem }
+  th, td { padding-right: .8rem } .bar { min-width: 0 } .bar i { width: 3rem }
 }
 @media print { nav { display: none } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
 """
@@ -162,10 +167,11 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of the version's."""
+    """A PNG of the version's. small: a plot, which need not have the page's width."""
 
     data: bytes
     caption: str
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,8 +241,8 @@ def as_markdown(card: Card) -> str:
 def _md_block(block: Block) -> str:
     match block:
         case Text():
-            said = _md(block.text)
-            return f"> **{said}**" if block.kind == "warning" else said
+            parts = [_md(part) for part in block.text.split("\n\n") if part.strip()]
+            return "\n\n".join(f"> **{p}**" if block.kind == "warning" else p for p in parts)
         case Heading():
             return f"### {_md(block.text)}"
         case Items():
@@ -253,7 +259,7 @@ def _md_block(block: Block) -> str:
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
             return f"{fence}\n{block.text}\n{fence}"
         case Picture():
-            return ""
+            return f"(In the HTML page: {_md(block.caption)}.)"
 
 
 def _md_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -324,9 +330,9 @@ def _html_block(block: Block) -> str:
         case Intervals():
             return _html_intervals(block)
         case Picture():
-            caption = escape(block.caption)
+            caption, kind = escape(block.caption), "small" if block.small else ""
             return (
-                f"<figure><img alt='{caption}' src='{inline(block.data)}'>"
+                f"<figure class='{kind}'><img alt='{caption}' src='{inline(block.data)}'>"
                 f"<figcaption>{caption}</figcaption></figure>"
             )
         case Drawing():
@@ -347,7 +353,7 @@ def _html_table(table: Table) -> str:
                 shown.append(f"<td><span class='bar'>{bar}{_said(cell)}</span></td>")
             else:
                 text = _said(cell)
-                kind = "number" if number else "said" if len(text) > 40 else ""
+                kind = "number" if number else "said" if len(text) > 30 else "short"
                 shown.append(f"<{tag} class='{kind}'>{escape(text)}</{tag}>")
         return f"<tr>{''.join(shown)}</tr>"
 

@@ -105,6 +105,7 @@ SHOWN = {
     "confusion": "What is taken for what",
     "precision_recall": "Precision over recall",
 }
+PLOTS = ("reliability", "confusion", "precision_recall")
 # Tags of an encoder's version that are no figures of it, whatever they look like.
 NO_FIGURES = frozenset(
     (
@@ -270,9 +271,10 @@ def _intended(of: "Recorded") -> Iterator[Block]:
     parts.append(_reads(of))
     if sizes := data.get("sizes"):
         wide, high, _ = sizes[0]
-        parts.append(f"It learnt from tiles of {wide} × {high} pixels{_at_gsd(data)}.")
+        mostly = "mostly " if len(sizes) > 1 else ""
+        parts.append(f"It learnt from tiles {mostly}of {wide} × {high} pixels{_at_gsd(data)}.")
     if sources:
-        parts.append(f"They came from {_few(sources, 4)}.")
+        parts.append(f"Their sources: {_few(sources, 4)}.")
     yield Text(" ".join(part for part in parts if part))
     yield Heading("What it was not trained for")
     yield Items(list(_outside(of, data)))
@@ -282,7 +284,9 @@ def _intended(of: "Recorded") -> Iterator[Block]:
     if who:
         yield Facts([(name.capitalize(), value) for name, value in who])
     else:
-        yield Text("Owner and contact: not given (`card` in params.yaml).", "note")
+        yield Text(
+            "Owner and contact: not given (card.owner, card.contact in params.yaml).", "note"
+        )
 
 
 def _outside(of: "Recorded", data: Mapping[str, Any]) -> Iterator[str]:
@@ -339,7 +343,8 @@ def _limits(of: "Recorded", figures: Figures) -> Iterator[str]:
     for name, what in (("gsd_m", "ground sampling distance"), ("acquired", "acquisition time")):
         unknown = training - ((data.get(name) or {}).get("train") or {}).get("known", 0)
         if training and unknown:
-            yield f"The {what} of {_percent(unknown / training)} of the training tiles is unknown."
+            share = "all" if unknown == training else f"{_percent(unknown / training)} of the"
+            yield f"The {what} of {share} training tiles is unknown."
     if not (data.get("footprints") or {}).get("known"):
         yield "Where on Earth its tiles lie is not recorded: other regions may look different."
     sources = data.get("sources") or []
@@ -373,7 +378,8 @@ def _limits_of_figures(of: "Recorded", figures: Figures) -> Iterator[str]:
             yield "It is not surely better than an answer without looking at the image."
     histogram = figures.number(f"histogram_{figures.metric}")
     if histogram is not None and histogram >= figures.main:
-        yield "Colour and gradient histograms alone do as well."
+        against = f"{_percent(histogram)} against {_percent(figures.main)}"
+        yield f"Colour and gradient histograms alone do as well or better: {against}."
     ece = figures.number("test_ece")
     if ece is not None and ece >= WORSE:
         yield f"How sure it says it is is off by {console.figure(ece, points=True)} on average."
@@ -398,7 +404,7 @@ def _limits_of_classes(of: "Recorded", figures: Figures, data: Mapping[str, Any]
         )
         if low:
             named = [f"{row['class']} ({_percent(row[figure])})" for row in low]
-            yield f"Classes with a {figure} under {_percent(LOW, 0)}: {_few(named)}."
+            yield f"Classes whose {figure} is under {_percent(LOW, 0)}: {_few(named)}."
     if rows and (untested := [name for name in classes if name not in {r["class"] for r in rows}]):
         yield f"Classes without a single test tile: {_few(untested)}."
     counted, table = data.get("counted"), data.get("classes") or []
@@ -655,7 +661,7 @@ def _encoder_figures(of: "Recorded") -> Iterator[Block]:
 def _pictures(of: "Recorded", names: Mapping[str, str]) -> Iterator[Block]:
     for name, caption in names.items():
         if name in of.pictures:
-            yield Picture(of.pictures[name], caption)
+            yield Picture(of.pictures[name], caption, name in PLOTS)
 
 
 def _data(of: "Recorded") -> Iterator[Block]:
@@ -842,8 +848,10 @@ def _cost(of: "Recorded") -> Iterator[Block]:
     if len(stages) > 1:
         rows.append(["together", *_costs(sum(hours) or None, energy, of)])
     header = ["stage", "time", "energy"]
-    header += [f"cost at {price:g} {currency} an hour"] * (price is not None)
-    header += [f"CO2 at {grams:g} g a kWh"] * (grams is not None)
+    if price is not None:
+        header.append(f"cost at {price:g} {currency} an hour")
+    if grams is not None:
+        header.append(f"CO2 at {grams:g} g a kWh")
     yield Table(header, rows)
     if not energies:
         yield Text("Energy was not measured" + (", so emissions are not told." if grams else "."))
