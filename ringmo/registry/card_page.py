@@ -410,9 +410,13 @@ def inline(png: bytes) -> str:
     """A picture as the address of itself; a large one as JPEG, and no wider than a screen."""
     from PIL import Image
 
+    as_it_is = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     if len(png) <= INLINE_BYTES:
-        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
+        return as_it_is
+    try:
+        picture = Image.open(io.BytesIO(png)).convert("RGB")
+    except OSError:  # damaged: the browser says so in its place
+        return as_it_is
     picture.thumbnail((INLINE_WIDE, 10 * INLINE_WIDE))
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=82, optimize=True)

@@ -277,3 +277,8 @@ def test_markdown_stays_one_line_a_cell() -> None:
     one = card_page.Card("t_t", "_l_", [], [], [], [card_page.Section("# s", [table])])
     text = card_page.as_markdown(one)
     assert r"| x y \| \`z\` | 12.5 % |" in text and r"\_l\_" in text and "# t_t" in text
+
+
+def test_a_damaged_picture_spoils_no_card() -> None:
+    damaged = card.PNG + b"x" * card_page.INLINE_BYTES
+    assert card_page.inline(damaged).startswith("data:image/png;base64,")
