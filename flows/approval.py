@@ -29,7 +29,7 @@ from ringmo import services
 from ringmo.config import Config, digest
 from ringmo.environment import TRACKING_URI
 from ringmo.errors import AnswerIsNo, BadInput
-from ringmo.registry import lineage, outbox, promotion
+from ringmo.registry import listing, outbox, promotion
 from ringmo.registry.tracker import Tracker
 from ringmo.services import WORK_POOL
 from ringmo.workspace import Workspace
@@ -66,7 +66,7 @@ def ask(workspace: Workspace, ref: str, reasons: list[str]) -> str | None:
     config = Config.load(workspace.params_file)
     outbox.check(config.promotion)
     tracker = Tracker(workspace)
-    version = lineage.resolve(workspace, ref, tracker)
+    version = listing.resolve(workspace, ref, tracker)
     tag = outbox.question(tracker, str(version))
     services.up(config, workspace, worker=True)
     place = {"working_dir": str(workspace.root), "env": _told_to_worker()}

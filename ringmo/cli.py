@@ -194,6 +194,13 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--to", metavar="DIR", help="where; default: .ringmo/reproduced/MODEL-VERSION"
     )
+    card = verb("card", _card, "a model's card: what it is for, how good it is, and where not")
+    card.add_argument("ref", metavar="REF", help="e.g. scene@champion, scene/7, encoder/3")
+    card.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for card.md and card.html; default: .ringmo/cards/MODEL-VERSION",
+    )
 
     predict = verb("predict", _predict, "answer for images with a registered model")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
@@ -706,6 +713,14 @@ def _reproduce(arguments: Arguments) -> int:
     done = reproduce.reproduce(workspace, arguments.ref, to)
     console.result(done, reproduce.text(done))
     return 0 if done["reproduced"] else 1
+
+
+def _card(arguments: Arguments) -> None:
+    from ringmo.registry import card
+
+    _, workspace = _open(arguments)
+    told = card.write(workspace, arguments.ref, Path(arguments.out) if arguments.out else None)
+    console.result(told, card.text(told))
 
 
 def _predict(arguments: Arguments) -> int:

@@ -37,7 +37,8 @@ class About(Section):
     masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
     masks, height_files: of those that are heights, where folders' names do not say so.
-    vector_class: the attribute of the vectors that is their class.
+    vector_class: the attribute of the vectors that is their class. licence: what its owner allows,
+    in words for the model's card.
     """
 
     sensor: str | None = None
@@ -48,6 +49,7 @@ class About(Section):
     mask_files: list[str] = []
     height_files: list[str] = []
     vector_class: str | None = None
+    licence: str | None = None
 
 
 MASK_CODINGS = (
@@ -457,6 +459,22 @@ class Promotion(Section):
         return address
 
 
+class Card(Section):
+    """What a model's card says and nothing else knows.
+
+    price_per_hour: of the machine that trains, in `currency`. grams_co2_per_kwh: of its
+    electricity.
+    """
+
+    intended_use: str | None = None
+    limits: str | None = None
+    owner: str | None = None
+    contact: str | None = None
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    currency: str = "EUR"
+    grams_co2_per_kwh: Annotated[float, Field(ge=0)] | None = None
+
+
 class Run(Section):
     side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
@@ -500,6 +518,7 @@ class Config(Section):
     compare: Compare = Compare()
     gate: dict[str, Gate]
     promotion: Promotion = Promotion()
+    card: Card = Card()
     run: Run
     schedule: Schedule
     versioning: Versioning

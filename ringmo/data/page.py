@@ -5,7 +5,6 @@ Counts, a contact sheet by sensor and class, footprints on a map, and histograms
 
 import base64
 import io
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ringmo.config import Config
-from ringmo.data import heights, store, tables, versions
+from ringmo.data import footprint_map, heights, store, tables, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import decode
+from ringmo.data.footprint_map import COLOURS
 from ringmo.errors import BadInput
 from ringmo.workspace import Workspace
 
@@ -31,8 +31,6 @@ BINS = 30
 MEASURES = (
     *("mean", "std", "entropy", "sharpness", "nodata_share", "saturated_share", "gsd_m"),
 )  # fmt: skip
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-COLOURS = {"train": "#0072b2", "val": "#e69f00", "test": "#d55e00", "unused": "#999999"}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
@@ -258,96 +256,28 @@ def tile_image(config: Config, tiles: store.TileStore, row: "pandas.Series[Any]"
 
 
 def _map(manifest: "pandas.DataFrame") -> str:
-    """Footprints in longitude and latitude, drawn true to scale at their middle."""
+    """Footprints in longitude and latitude."""
     located = manifest[manifest["crs"].notna()]
     title = "<h2>Footprints</h2>"
     if located.empty:
         return f"{title}<p>No tile has coordinates.</p>"
-    chosen = located.iloc[
-        np.unique(np.linspace(0, len(located) - 1, min(FOOTPRINTS, len(located))).astype(int))
-    ]
-    bounds = _degrees(chosen)
+    rows = footprint_map.evenly(len(located), FOOTPRINTS)
+    chosen = located.iloc[rows.tolist()]
+    bounds = footprint_map.degrees(chosen)
     known = np.isfinite(bounds).all(1)
     if not known.any():
         return f"{title}<p>No tile has coordinates on Earth.</p>"
     chosen, bounds = chosen[known], bounds[known]
-    west, south = bounds[:, :2].min(0)
-    east, north = bounds[:, 2:].max(0)
-    stretch = max(math.cos(math.radians((south + north) / 2)), 0.05)
-    edge = 0.06 * max((east - west) * stretch, north - south, 1e-4)
-    west, east = west - edge / stretch, east + edge / stretch
-    south, north = max(south - edge, -90), min(north + edge, 90)
-    scale = min(1060 / ((east - west) * stretch), 620 / (north - south))
-    wide, high = (east - west) * stretch * scale, (north - south) * scale
-
-    def x(longitude: float) -> float:
-        return float((longitude - west) * stretch * scale)
-
-    def y(latitude: float) -> float:
-        return float((north - latitude) * scale)
-
-    lines = []
-    for low, top, across in ((west, east, True), (south, north, False)):
-        step = _step(top - low)
-        for value in np.arange(math.ceil(low / step) * step, top, step):
-            words = f"{round(float(value), 6):g}°"
-            if across:
-                lines.append(f"<path d='M{x(value):.1f} 0V{high:.1f}' stroke='#e5e5e5'/>")
-                lines.append(f"<text x='{x(value) + 2:.1f}' y='{high - 3:.1f}'>{words}</text>")
-            else:
-                lines.append(f"<path d='M0 {y(value):.1f}H{wide:.1f}' stroke='#e5e5e5'/>")
-                lines.append(f"<text x='2' y='{y(value) - 2:.1f}'>{words}</text>")
-    marks = []
-    for (left, low, right, top), split, source, sensor in zip(
-        bounds, chosen["split"], chosen["source"], chosen["sensor"], strict=True
-    ):
-        colour = COLOURS.get(split, "#000")
-        about = f"<title>{escape(f'{source}, {sensor}, {split}')}</title>"
-        wider, taller = x(right) - x(left), y(low) - y(top)
-        if max(wider, taller) < 3:  # too small to see
-            middle = f"cx='{x((left + right) / 2):.1f}' cy='{y((low + top) / 2):.1f}'"
-            marks.append(
-                f"<circle {middle} r='4' fill='{colour}' fill-opacity='.5'>{about}</circle>"
-            )
-        else:
-            place = f"x='{x(left):.1f}' y='{y(top):.1f}' width='{wider:.1f}' height='{taller:.1f}'"
-            marks.append(
-                f"<rect {place} fill='{colour}' fill-opacity='.25' stroke='{colour}'>{about}</rect>"
-            )
-    keys = "".join(
-        f"<span class='key'><span style='color:{colour}'>■</span> {split}</span>"
-        for split, colour in COLOURS.items()
-        if (chosen["split"] == split).any()
-    )
+    splits = chosen["split"].astype(str).tolist()
+    titles = [
+        f"{source}, {sensor}, {split}"
+        for source, sensor, split in zip(chosen["source"], chosen["sensor"], splits, strict=True)
+    ]
     fewer = "" if len(chosen) == len(located) else f" ({len(chosen):,} of them drawn)"
     return (
-        f"{title}<p>{len(located):,} of {len(manifest):,} tiles have coordinates{fewer}. {keys}</p>"
-        f"<svg width='{wide:.0f}' height='{high:.0f}' style='border:1px solid #ccc'>"
-        f"{''.join(lines)}{''.join(marks)}</svg>"
+        f"{title}<p>{len(located):,} of {len(manifest):,} tiles have coordinates{fewer}. "
+        f"{footprint_map.key(splits)}</p>{footprint_map.drawn(bounds, splits, titles)}"
     )
-
-
-def _degrees(tiles: "pandas.DataFrame") -> "np.ndarray[Any, Any]":
-    """west, south, east, north (N, 4) of footprints; NaN where they are nowhere on Earth."""
-    from rasterio.errors import RasterioError
-    from rasterio.warp import transform_bounds
-
-    bounds = np.full((len(tiles), 4), np.nan)
-    edges = tiles[["minx", "miny", "maxx", "maxy"]].to_numpy()
-    for i, crs in enumerate(tiles["crs"]):
-        try:
-            bounds[i] = transform_bounds(crs, "EPSG:4326", *edges[i], densify_pts=3)
-        except (RasterioError, ValueError):
-            continue
-    outside = (np.abs(bounds[:, [0, 2]]) > 360).any(1) | (np.abs(bounds[:, [1, 3]]) > 90).any(1)
-    bounds[outside] = np.nan
-    return bounds
-
-
-def _step(extent: float) -> float:
-    """Degrees between lines: 1, 2 or 5 times a power of ten, some six of them."""
-    power = 10.0 ** math.floor(math.log10(extent / 6))
-    return float(next(power * times for times in (1, 2, 5, 10) if power * times >= extent / 6))
 
 
 def _histograms(manifest: "pandas.DataFrame") -> str:

@@ -17,7 +17,7 @@ import ringmo
 from ringmo import console, hardware, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
-from ringmo.registry import origins
+from ringmo.registry import card_data, origins
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
@@ -103,7 +103,9 @@ def _create(
             None if about["code_clean"] else _source_patch(),
         )
         evaluated = workspace.work(f"evaluate@{task}")
-        if _evaluation(workspace, task, model):
+        judged = _evaluation(workspace, task, model) is not None
+        card_data.write(config, workspace, task, model, judged, folder / card_data.FOLDER)
+        if judged:
             (folder / "evaluation").mkdir()
             for path in [*evaluated.glob("*.png"), *evaluated.glob("*.json")]:
                 (folder / "evaluation" / path.name).write_bytes(path.read_bytes())

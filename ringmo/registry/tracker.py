@@ -502,6 +502,36 @@ class Tracker:
     def _kept(self, version: Version, place: str) -> Path:
         return self.workspace.state / place / (version.bundle_hash or str(version))
 
+    def version_path(self, version: Version, name: str, into: Path) -> Path | None:
+        """A file or folder of a version's, on this machine's disk; None where it has none.
+
+        Args:
+            name: below the version's own folder, as `evaluation`. into: where what lies elsewhere
+                is brought to.
+
+        Raises:
+            Unreachable: it cannot be fetched now.
+        """
+        if not version.run_id:
+            return None
+        uri = version.source.rstrip("/")
+        local = Path(uri.removeprefix("file://"))
+        if local.is_absolute():
+            return local / name if (local / name).exists() else None
+        mlflow = _mlflow()
+        above, _, last = name.rpartition("/")
+        with self._asking():
+            there = mlflow.artifacts.list_artifacts(
+                artifact_uri=f"{uri}/{above}".rstrip("/"), tracking_uri=self.uri
+            )
+            if last not in [one.path.rpartition("/")[2] for one in there]:
+                return None
+            (into / above).mkdir(parents=True, exist_ok=True)
+            fetched = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{uri}/{name}", dst_path=str(into / above), tracking_uri=self.uri
+            )
+        return Path(fetched)
+
 
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
