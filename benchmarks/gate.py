@@ -84,15 +84,19 @@ GAINS = {
 
 
 def changed(
-    random: np.random.Generator, right: NDArray[np.bool_], place: NDArray[np.int64], net: float
+    random: np.random.Generator,
+    right: NDArray[np.bool_],
+    place: NDArray[np.int64],
+    net: float,
+    share: float = CHANGED,
 ) -> NDArray[np.bool_]:
     """Which of a champion's right and wrong answers are right of the candidate.
 
-    A share CHANGED changes, `net` more to right than to wrong; places have more or less of it.
+    A share of them changes, `net` more to right than to wrong; places have more or less of it.
     """
     some = random.beta(2, 2, int(place.max(initial=0)) + 1)[place] * 2
-    lost = (CHANGED - net) / 2 / RIGHT_SHARE * some
-    won = (CHANGED + net) / 2 / (1 - RIGHT_SHARE) * some
+    lost = (share - net) / 2 / RIGHT_SHARE * some
+    won = (share + net) / 2 / (1 - RIGHT_SHARE) * some
     dice = random.random(len(right))
     answer: NDArray[np.bool_] = np.where(right, dice >= lost, dice < won)
     return answer
@@ -254,14 +258,16 @@ def after(champions: int, tiles: int, models: int) -> tuple[float, float]:
     for seed in range(models):
         random = np.random.default_rng((seed, champions))
         common = random.random(tiles) < hardness(random, place)
-        former = [changed(random, common, place, 0.0) for _ in range(champions)]
-        candidate = changed(random, common, place, 0.0)
+        # Of two that differ by half of it from a third, the whole of it is between.
+        *former, candidate = (
+            changed(random, common, place, 0.0, CHANGED / 2) for _ in range(champions + 1)
+        )
         best = max(former, key=lambda right: right.mean())
         differences = metrics.mean_drawn(candidate.astype(float) - best, names, 500)
         by_bound += paired.lower_bound(differences, tiles) >= -MARGIN
         figures = {f"scene/{i}": float(right.mean()) for i, right in enumerate(former)}
         said = rules.against_best(
-            rule, kind, "accuracy", float(candidate.mean()), figures, [], "candidate"
+            rule, kind, "accuracy", float(candidate.mean()), figures, [], ("candidate", None)
         )
         by_figure += said is not None and said["ok"]
     return by_bound / models, by_figure / models

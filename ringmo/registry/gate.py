@@ -220,8 +220,9 @@ class _Judgement:
                 figures["difference_to_champion"] = compared[0]["value"]
                 figures["difference_to_champion_low"] = compared[0]["low"]
         more, left_out = self._former(champion)
+        champions, names = former | more, (name, str(champion) if champion else None)
         best = rules.against_best(
-            self.rule, self.kind, self.metric, self.value, former | more, left_out, name
+            self.rule, self.kind, self.metric, self.value, champions, left_out, names
         )
         if best is not None:
             checks.append(best)

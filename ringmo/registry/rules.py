@@ -156,40 +156,40 @@ def against_best(
     kind: Task,
     metric: str,
     value: float,
-    former: Mapping[str, float],
+    champions: Mapping[str, float],
     left_out: Sequence[str],
-    name: str,
+    names: tuple[str, str | None],
 ) -> Check | None:
     """That the figure is not below that of the best champion there ever was by more than max_drop.
 
     The figures themselves are compared, not a bound: the best of many is the best by luck too, and
-    a bound on top of that would refuse every equal model once there were a few champions.
+    a bound on top of that would refuse most equal models once there were a few champions.
 
     Args:
-        former: of each champion there was, the present one too, its figure on these test tiles.
-        left_out: those that could not be asked, and why.
+        champions: of each that was champion, and is, its figure on these test tiles. left_out:
+            those that could not be asked, and why. names: of the candidate and of the champion.
 
     Returns:
-        None where there is nobody to compare with.
+        None where nobody was champion before the present one.
     """
-    unit, passed_over = kind.unit(metric), "".join(f"; {one}" for one in left_out)
-    known = {who: one for who, one in former.items() if not np.isnan(one)}
-    if not known:
-        return None if not left_out else check("best_champion", True, passed_over[2:])
+    passed_over = "".join(f"; {one}" for one in left_out)
+    known = {who: one for who, one in champions.items() if not np.isnan(one)}
+    if not known.keys() - {names[1]}:
+        return check("best_champion", True, passed_over[2:]) if left_out else None
     best = max(known, key=lambda who: kind.gain(metric, known[who]))
     difference = kind.gain(metric, value) - kind.gain(metric, known[best])
-    ok = bool(difference >= -rule.max_drop - 1e-9)
-    scored = f"the best of {len(known)} champions so far, {best}, has "
-    if len(known) == 1:
-        scored = f"the only champion so far to compare with, {best}, has "
-    said = f"{scored}{metric} {console.figure(known[best], unit)} on these test tiles: {name} is "
-    if difference >= 0:
-        said += "no worse"
+    ok = best == names[1] or bool(difference >= -rule.max_drop - 1e-9)
+    if best == names[1]:
+        said = f"no champion before was better than {best} on these test tiles"
     else:
+        unit = kind.unit(metric)
         worse, most = (
             console.figure(one, unit, points=True) for one in (-difference, rule.max_drop)
         )
-        said += f"{worse} worse, {most} are allowed (gate.{kind.name}.max_drop)"
+        said = f"{best}, the best champion so far, has {metric} "
+        said += f"{console.figure(known[best], unit)} on these test tiles: {names[0]} is "
+        said += "no worse" if difference >= 0 else f"{worse} worse"
+        said += f", {most} are allowed (gate.{kind.name}.max_drop)"
     return check(
         "best_champion",
         ok,
