@@ -91,18 +91,19 @@ def compared(
             where so many classes and groups are tested that these could not tell.
 
     A class or group has fallen if a paired bootstrap test says so after Holm's correction for
-    their number, so that of all tests of two equal models one in twenty blames any. Classes of
-    fewer than FEWEST places, and groups, are told apart by nothing and not tested.
+    their number, so that of twenty equal models one is blamed for any. Classes and groups of fewer
+    than FEWEST places are not tested: nothing could be sure of them.
 
     Sources: Hall and Wilson, Biometrics 1991 (draws are centred on no difference); Holm,
     Scandinavian Journal of Statistics 1979.
     """
-    units = np.unique(np.asarray(tiles.drawn, dtype=str), return_inverse=True)[1]
-    known = {name for name in candidate.classes if name in set(champion.classes)}
+    drawn = tiles.drawn
+    units = np.unique(np.asarray(drawn, dtype=str), return_inverse=True)[1]
+    known = set(candidate.classes) & set(champion.classes)
     counts = {
         f"class {name}": len(np.unique(units[there]))
         for name, there in present(candidate)
-        if name in known
+        if name in known and there.any()
     }
     groups: dict[str, NDArray[np.int64]] = {}
     for column, names in tiles.groups.items():
@@ -116,8 +117,7 @@ def compared(
     samples = max(samples, round(2 * len(tested) / LEVEL))
 
     both = [
-        _with_classes(task, metric, answers, tiles.drawn, samples)
-        for answers in (candidate, champion)
+        _with_classes(task, metric, answers, drawn, samples) for answers in (candidate, champion)
     ]
     sign = -1 if metric in task.lower else 1
     difference = sign * (both[0][WHOLE] - both[1][WHOLE])
@@ -125,7 +125,7 @@ def compared(
     for what, count in tested.items():
         if what in groups:
             rows = groups[what]
-            names = [tiles.drawn[row] for row in rows]
+            names = [drawn[row] for row in rows.tolist()]
             after, before = (
                 _drawn(task, metric, part(answers.evidence, rows), answers.classes, names, samples)
                 for answers in (candidate, champion)
@@ -141,7 +141,7 @@ def compared(
         float(both[0][WHOLE][0]),
         float(both[1][WHOLE][0]),
         float(difference[0]),
-        lower_bound(difference, len(set(tiles.drawn))),
+        lower_bound(difference, len(set(drawn))),
         _holm(falls),
         len(counts) - len(tested),
     )

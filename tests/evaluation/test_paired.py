@@ -85,7 +85,7 @@ def test_a_slice_that_fell_is_found_and_one_of_few_places_is_not_tested() -> Non
         tasks.find("scene"), "accuracy", Answers(evidence, split.names), champion,
         Tiles(tiles.places, groups), 400,
     )  # fmt: skip
-    assert [fall.what for fall in found.falls if fall.surely][0] == "sensor s1"
+    assert found.falls[0].surely and found.falls[0].what == "sensor s1"
     assert {fall.what for fall in found.falls} >= {"sensor rgb", "source a", "class c0"}
     assert "source b" not in {fall.what for fall in found.falls} and found.untested == 1
 

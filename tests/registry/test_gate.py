@@ -1,5 +1,6 @@
 """What may take the champion's place, and what it is told otherwise."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -58,7 +59,7 @@ def contest(tracked: Workspace, config: Config, make_model: Any) -> Any:
     ) -> Version:
         seed = next(seeds)
         make_model(seed, generated=generated)
-        version = register(config, tracked, "scene", {"drop_mirrored": 0.01})
+        version = register(config, tracked, "scene", {})
         # Nine in ten of the tiles are as hard for all; of the others each has luck of its own.
         hard = np.random.default_rng(0).random(TILES)
         luck = np.random.default_rng(seed + 1).random(TILES)
@@ -264,7 +265,17 @@ def test_what_models_answer_is_asked_once_and_anew_when_the_test_tiles_change(
         path.write_bytes(path.read_bytes()[:100])  # a kill, or a full disk
     assert gate(config, tracked, "scene", version).figures == first.figures and sum(asked) == 60
 
+    # What its evaluation found on turned tiles is not measured again.
     asked.clear()
+    drops = {f"drop_{turn}": "0.3" for turn in ("mirrored", "turned_90", "turned_180")}
+    drops |= {"drop_turned_270": "0.2", "drop_turned_90_low": "0.06"}
+    judged = dataclasses.replace(version, tags={**version.tags, **drops})
+    turned = rule(
+        gate(ruled(config, max_turn_drop=0.05), tracked, "scene", judged), "max_turn_drop"
+    )
+    assert (turned["ok"], turned["change"], turned["low"]) == (False, "turned 90", 0.06)
+    assert not asked and "gate.scene.max_turn_drop" in turned["said"]
+
     make_selections(tracked, manifest.assign(split="test").iloc[::2])
     fewer = gate(config, tracked, "scene", version)
     assert sum(asked) == 30 and fewer.figures["gate_tiles"] == 15
