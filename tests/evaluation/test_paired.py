@@ -12,14 +12,14 @@ from ringmo.evaluation.paired import Answers, Tiles, chance_of, compared, lower_
 
 
 def test_the_bound_of_few_places_is_students_and_not_the_normals() -> None:
-    """Of 2,000 samples of six values with mean 0 one in twenty lies above 0 by its bound."""
+    """Of 1,000 samples of six values with mean 0 one in twenty lies above 0 by its bound."""
     random, wrong, plain = np.random.default_rng(0), 0, 0
     names = [str(i) for i in range(6)]
-    for _ in range(2_000):
+    for _ in range(1_000):
         drawn = metrics.mean_drawn(random.normal(0, 1, 6), names, 300)
         wrong += lower_bound(drawn, 6) > 0
         plain += metrics.lower_bound(drawn) > 0
-    assert wrong / 2_000 == pytest.approx(0.05, abs=0.02)
+    assert wrong / 1_000 == pytest.approx(0.05, abs=0.02)
     assert plain > 1.5 * wrong
 
 
@@ -58,7 +58,9 @@ def test_objects_at_one_overlap_have_the_figures_that_they_had() -> None:
     lean = average_precision.at_half(answers.evidence)
     for weights in (None, np.random.default_rng(1).poisson(1, 12)):
         whole, half = (kind.figures(of, split.names, weights) for of in (answers.evidence, lean))
-        assert half.whole["map50"] == whole.whole["map50"] and half.classes == whole.classes
+        assert half.whole["map50"] == pytest.approx(whole.whole["map50"])
+        for lean_row, row in zip(half.classes, whole.classes, strict=True):
+            assert lean_row["ap50"] == pytest.approx(row["ap50"])
 
 
 @pytest.mark.parametrize("task", ["scene", "segmentation", "detection"])
@@ -85,7 +87,8 @@ def test_a_slice_that_fell_is_found_and_one_of_few_places_is_not_tested() -> Non
         tasks.find("scene"), "accuracy", Answers(evidence, split.names), champion,
         Tiles(tiles.places, groups), 400,
     )  # fmt: skip
-    assert found.falls[0].surely and found.falls[0].what == "sensor s1"
+    assert "sensor s1" in {fall.what for fall in found.falls if fall.surely}
+    assert "sensor rgb" not in {fall.what for fall in found.falls if fall.surely}
     assert {fall.what for fall in found.falls} >= {"sensor rgb", "source a", "class c0"}
     assert "source b" not in {fall.what for fall in found.falls} and found.untested == 1
 
