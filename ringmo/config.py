@@ -432,12 +432,17 @@ class Compare(Section):
 
 
 class Gate(Section):
-    """metric: a figure of the task's; null: its main one. max_drop: in its unit."""
+    """metric: a figure of the task's; null: its main one. max_drop, max_turn_drop: in the unit of
+    that and of the main one. Of the others null: no such rule."""
 
     metric: str | None = None
     max_drop: float = Field(0.03, ge=0)
     min_value: float | None = None
     max_value: float | None = None
+    max_turn_drop: float | None = Field(None, ge=0)
+    max_latency_ms: float | None = Field(None, gt=0)
+    max_size_mb: float | None = Field(None, gt=0)
+    max_data_age_days: float | None = Field(None, gt=0)
 
 
 class Promotion(Section):

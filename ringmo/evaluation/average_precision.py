@@ -141,6 +141,16 @@ def outcomes(
     return found, true
 
 
+def at_half(evidence: Evidence) -> Evidence:
+    """Evidence for what is measured at an overlap of 0.5, of all sizes: much less to sum up.
+
+    Other overlaps and sizes have nothing in it.
+    """
+    outcome = np.full_like(evidence["object_outcome"], IGNORED)
+    outcome[:, 0, 0] = evidence["object_outcome"][:, 0, 0]
+    return {**evidence, "object_outcome": outcome, "object_score": evidence["object_score"].copy()}
+
+
 class Ranked:
     """Evidence by class and falling score, ready for any weighting of its tiles.
 

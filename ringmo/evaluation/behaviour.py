@@ -5,7 +5,7 @@ with it. Light, noise and a band that fails change the image and not the truth (
 as of Ribeiro et al., ACL 2020: invariance).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,11 +62,13 @@ def behaviour(
     evidence: Evidence,
     samples: int,
     flips: int = 1,
+    only: Collection[str] | None = None,
 ) -> list[Behaviour]:
     """The drop of the task's main figure with every change.
 
     Args:
-        evidence: of all these tiles, unchanged. samples: of the bootstrap over places.
+        evidence: of all these tiles, unchanged. samples: of the bootstrap over places. only: these
+            changes, by name; None: all.
     """
     task = answers_of(bundle)
     classes = bundle.samples(tiles).classes
@@ -79,6 +81,8 @@ def behaviour(
     before, sign = drawn(part(evidence, rows)), -1 if task.metric in task.lower else 1
     found = []
     for name, parts in changes(bundle).items():
+        if only is not None and name not in only:
+            continue
         after = np.mean(
             [
                 drawn(measured(bundle, tiles, change=change, flips=flips, rows=rows, label=name))

@@ -324,6 +324,7 @@ class _Task:
         return {
             "truth": there,
             "scores": scores,
+            "label": there.argmax(1),
             "predicted": said,
             "right": said == truth,
             "confidence": scores.max(1),

@@ -310,7 +310,7 @@ def _weighted(rows: NDArray[Any], weights: NDArray[np.int64] | None) -> NDArray[
     if weights is None:
         total: NDArray[np.float64] = rows.sum(0).astype(np.float64)
         return total
-    return np.tensordot(weights.astype(np.float64), rows.astype(np.float64), 1)
+    return np.tensordot(weights.astype(np.float64), rows.astype(np.float64, copy=False), 1)
 
 
 def _share(part: float, whole: float, none: float = float("nan")) -> float:

@@ -89,7 +89,7 @@ class Scene(Task):
     def evidence(self, answer: Tensor, sample: Sample) -> Evidence:
         """scores: the answer. truth: (tiles, classes), 0 or 1, with those the model cannot know.
 
-        Of one class each also predicted, right and confidence.
+        Of one class each also label (its number), predicted, right and confidence.
         """
         assert sample.labels is not None
         truth, scores = sample.labels.cpu().numpy().astype(np.int64), answer.cpu().numpy()
@@ -97,6 +97,7 @@ class Scene(Task):
         if not self._several(truth, scores):
             best = scores.argmax(1)
             evidence |= {
+                "label": truth.argmax(1),
                 "predicted": best,
                 "right": truth[np.arange(len(best)), best] == 1,
                 "confidence": scores.max(1),
@@ -124,7 +125,7 @@ class Scene(Task):
             said, right = evidence["predicted"], evidence["right"]
             hit, real, claimed = (
                 np.bincount(of, weight * counted, count).astype(np.float64)
-                for of, counted in ((said, right), (truth.argmax(1), 1), (said, 1))
+                for of, counted in ((said, right), (evidence["label"], 1), (said, 1))
             )
             shared = right.astype(np.float64)
         else:

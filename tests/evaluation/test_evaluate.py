@@ -200,6 +200,7 @@ def test_each_group_of_tiles_has_its_own_figures() -> None:
     evidence = {
         "truth": np.eye(2, dtype=int)[np.zeros(6, int)],
         "scores": np.eye(2)[1 - right],
+        "label": np.zeros(6, int),
         "predicted": 1 - right,
         "right": right == 1,
         "confidence": np.ones(6),
