@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -429,7 +430,10 @@ class Compare(Section):
 
 
 class Gate(Section):
-    """metric: a figure of the task's; null: its main one. max_drop: in its unit."""
+    """metric: a figure of the task's; null: its main one. max_drop: in its unit.
+
+    Of `encoder`, which is judged by probes, max_drop alone.
+    """
 
     metric: str | None = None
     max_drop: float = Field(0.03, ge=0)
@@ -486,10 +490,12 @@ class Config(Section):
 
     @field_validator("tasks", "finetune", "gate")
     @classmethod
-    def _tasks_there_are(cls, given: Any) -> Any:
+    def _tasks_there_are(cls, given: Any, info: ValidationInfo) -> Any:
         from ringmo import tasks
 
         for name in given:
+            if name == "encoder" and info.field_name == "gate":
+                continue
             if name not in tasks.names():
                 raise ValueError(tasks.unknown(name))
         if isinstance(given, list) and len(set(given)) < len(given):
@@ -524,6 +530,12 @@ class Config(Section):
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
+        if "encoder" in self.gate:
+            for name in sorted(self.gate["encoder"].model_fields_set - {"max_drop"}):
+                raise ValueError(
+                    f"gate.encoder.{name}: an encoder is judged by probes, for which max_drop "
+                    f"alone counts: leave it out"
+                )
         for task in self.compare.tasks or []:
             if task not in self.tasks:
                 raise ValueError(

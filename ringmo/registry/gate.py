@@ -5,9 +5,7 @@ compared. The rules, in this order:
 
 1. The candidate is the champion: passes, nothing to do.
 2. Trained on generated imagery, with a champion trained on real imagery: refused.
-3. `encoder`: passes as the first one, when a task model built on it is champion, or when no task
-   has a champion; an encoder has no answers of its own to score, so it stands or falls with the
-   task model, and where there is none the newest stands.
+3. `encoder`: by the rules of encoder_gate.py.
 4. Under gate.TASK.min_value, or over max_value: refused.
 5. No champion, or one trained on generated imagery while the candidate is not: passes.
 6. The champion's files cannot be used: refused, since there is nothing to compare with; a person
@@ -34,11 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Verdict:
-    """`reasons` are sentences for people; `figures` are the scores they speak of."""
+    """`reasons` are sentences for people; `figures` are the scores they speak of.
+
+    `checks`: a row a rule, of rule, ok, said and numbers.
+    """
 
     ok: bool
     reasons: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
 
 
 def gate(config: Config, workspace: Workspace, task: str, version: Version) -> Verdict:
@@ -78,7 +80,9 @@ def _judge(
         why = f"{version} was trained on generated imagery, the champion {champion} on real imagery"
         return Verdict(False, [why])
     if task == ENCODER:
-        return _judge_encoder(config, tracker, version, champion)
+        from ringmo.registry import encoder_gate
+
+        return encoder_gate.judge(config, workspace, tracker, version, champion)
 
     rule, kind = config.gate[task], tasks.find(task)
     metric = rule.metric or kind.metric
@@ -123,20 +127,6 @@ def _judge(
             figures,
         )
     return Verdict(True, [compared], figures)
-
-
-def _judge_encoder(
-    config: Config, tracker: Tracker, version: Version, champion: Version | None
-) -> Verdict:
-    if champion is None:
-        return Verdict(True, ["first encoder"])
-    models = [tracker.aliased(task, "champion") for task in config.tasks]
-    if not any(models):
-        return Verdict(True, ["no task model to judge it by: the newest encoder stands"])
-    for model in models:
-        if model is not None and model.tags.get("encoder_hash") == version.bundle_hash:
-            return Verdict(True, [f"{model}, built on it, is champion"])
-    return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])
 
 
 def _score(
