@@ -620,18 +620,22 @@ def _mover(arguments: Arguments) -> str:
 
 def _promote(arguments: Arguments) -> None:
     from ringmo.registry import lineage, promotion
+    from ringmo.stage import Report, failure_reported
 
     _, workspace = _open(arguments)
     ref = arguments.ref
     chosen = lineage.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
-    moved = promotion.promote(
-        workspace,
-        chosen.model,
-        chosen.version,
-        by=_mover(arguments),
-        reason=arguments.reason,
-        force=arguments.force,
-    )
+    stage = f"promote@{chosen.model}"
+    with failure_reported(workspace, stage):
+        moved = promotion.promote(
+            workspace,
+            chosen.model,
+            chosen.version,
+            by=_mover(arguments),
+            reason=arguments.reason,
+            force=arguments.force,
+        )
+        Report(stage, figures=moved).write(workspace.report_file(stage))
     console.result(moved, promotion.move_text(moved))
 
 
