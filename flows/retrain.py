@@ -26,6 +26,7 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
     place = Workspace.find(workspace)
     config = Config.load(place.params_file)
     versions.sync_revisions(place)
+    chain.bring_champion(config, place)
     tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
     tracker.forward_all(place)
     try:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ringmo import console
 from ringmo.config import Config, digest
-from ringmo.errors import RingmoError
-from ringmo.stage import Report, write_json
-from ringmo.workspace import Workspace
+from ringmo.errors import BadInput, RingmoError
+from ringmo.stage import Report, whole_folder, write_json
+from ringmo.workspace import CHAMPION, Workspace, template
 
 if TYPE_CHECKING:
     from ringmo.registry.tracker import Tracker, Version
@@ -81,13 +81,41 @@ def _command() -> str:
 
 def _check_sources(config: Config, workspace: Workspace) -> None:
     """What ingest would refuse anyway, said before any server is started."""
-    from ringmo.errors import BadInput
-
     for source in config.ingest.sources:
         if source == "generated" or "://" in source:
             continue
         if not (workspace.root / Path(source).expanduser()).exists():
             raise BadInput(f"{source}: no such folder (ingest.sources in params.yaml)")
+
+
+def bring_champion(config: Config, workspace: Workspace) -> None:
+    """Write to champion.yaml which encoder is taken instead of pre-training one, and bring it here.
+
+    So that the stage is a function of files and parameters, and the registry is asked before it.
+
+    Raises:
+        BadInput: pretrain.refresh is champion, and no encoder is.
+    """
+    wanted = None
+    if config.pretrain.refresh == "champion":
+        from ringmo.registry.tracker import Tracker
+
+        tracker = Tracker(workspace)
+        encoder = tracker.aliased("encoder", "champion")
+        if encoder is None:
+            raise BadInput("pretrain.refresh: champion: no encoder is champion yet: set full")
+        wanted = encoder.bundle_hash
+        kept = workspace.state / "bundles" / wanted
+        if not kept.is_dir():
+            with whole_folder(kept) as folder:
+                shutil.copytree(tracker.bundle_folder(encoder), folder, dirs_exist_ok=True)
+    path = workspace.root / CHAMPION
+    header = template(CHAMPION).read_text().rpartition("encoder:")[0]
+    text = f"{header}encoder: {wanted or 'null'}\n"
+    if not path.exists() or path.read_text() != text:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def ends(config: Config, workspace: Workspace) -> list[str]:

@@ -318,7 +318,7 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    refresh: Literal["full", "keep"] = "full"
+    refresh: Literal["full", "keep", "champion"] = "full"
     method: Literal["ringmo", "simmim", "mae"] = "ringmo"
     init: str | None = None
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field({"rgb": 1.0}, min_length=1)

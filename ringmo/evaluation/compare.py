@@ -480,6 +480,7 @@ class _Comparison:
         folder, last = start.folder.parent, self.config.pretrain.epochs
         # Pictures and accuracies on the way cost time and change nothing.
         changes = {"method": start.name, "picture_every": last, "knn_every": last}
+        changes["refresh"] = "full"  # a method's encoder is trained, whatever the chain takes
         config = _changed(self.config, {f"pretrain.{k}": v for k, v in changes.items()})
 
         def work() -> None:

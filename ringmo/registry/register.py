@@ -20,7 +20,7 @@ from ringmo.config import Config, digest
 from ringmo.errors import BadInput
 from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
-from ringmo.workspace import Workspace
+from ringmo.workspace import CHAMPION, Workspace
 
 if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
@@ -187,7 +187,14 @@ def _description(task: str, about: Mapping[str, Any]) -> str:
 def _write_lineage(workspace: Workspace, folder: Path, clean: bool) -> None:
     """What ran, as files: with them lineage needs no commit."""
     folder.mkdir()
-    for name in ("dvc.lock", "dvc.yaml", "params.yaml", "revisions.yaml", "data/store.dvc"):
+    for name in (
+        "dvc.lock",
+        "dvc.yaml",
+        "params.yaml",
+        "revisions.yaml",
+        CHAMPION,
+        "data/store.dvc",
+    ):
         path = workspace.root / name
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
