@@ -94,6 +94,7 @@ def _registered(
             markdown=chain.heads_markdown(rows),
             description="Each task's model on the old encoder and on the new one",
         )
+        chain.keep_heads(config, place, rows)
     return failed
 
 

@@ -216,7 +216,7 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
 
     Keys: task, champion and candidate, the encoder that each stands on, what both reach on the same
     test tiles by `metric` in `unit`, the difference (and its ends, where the gate gives them), and
-    the verdict. Kept in .ringmo/reports/heads.json and with the candidate encoder's run in MLflow.
+    the verdict. In MLflow they are a table of the candidate encoder's run.
     """
     from ringmo import tasks
     from ringmo.registry.tracker import Tracker
@@ -251,8 +251,12 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
     encoder = _registered_encoder(workspace, tracker)
     if rows and encoder is not None and encoder.run_id:
         tracker.log_table(encoder.run_id, "heads", rows)
-    write_json(_heads_file(workspace), {"key": _heads_key(config, workspace), "rows": rows})
     return rows
+
+
+def keep_heads(config: Config, workspace: Workspace, rows: list[dict[str, Any]]) -> None:
+    """Write `heads` to .ringmo/reports/heads.json: it has been shown."""
+    write_json(_heads_file(workspace), {"key": _heads_key(config, workspace), "rows": rows})
 
 
 def _registered_encoder(workspace: Workspace, tracker: "Tracker") -> "Version | None":
