@@ -215,8 +215,8 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
     """Each task's model on the old encoder and on the new one, before any of them is promoted.
 
     Keys: task, champion and candidate, the encoder that each stands on, what both reach on the same
-    test tiles by `metric` in `unit`, the difference (and its ends, where the gate gives them), and
-    the verdict. In MLflow they are a table of the candidate encoder's run.
+    test tiles by `metric` in `unit`, the difference (above 0 the candidate is better), the bound
+    (95 %, one-sided) that it is not below where the gate found one, and the verdict. In MLflow they are a table of the candidate encoder's run.
     """
     from ringmo import tasks
     from ringmo.registry.tracker import Tracker
@@ -229,6 +229,9 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
         made, kind = report.figures, tasks.find(task)
         metric = config.gate[task].metric or kind.metric
         new, old = made.get(f"candidate_{metric}"), made.get(f"champion_{metric}")
+        difference = made.get("difference_to_champion")
+        if difference is None and new is not None and old is not None:
+            difference = kind.gain(metric, new) - kind.gain(metric, old)
         rows.append(
             {
                 "task": task,
@@ -240,9 +243,8 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
                 "unit": kind.unit(metric),
                 "champion_value": old,
                 "candidate_value": new,
-                "difference": None if new is None or old is None else new - old,
-                "difference_low": made.get("difference_low"),
-                "difference_high": made.get("difference_high"),
+                "difference": difference,
+                "difference_low": made.get("difference_to_champion_low"),
                 "tiles": made.get("gate_tiles"),
                 "verdict": made["verdict"],
             }
@@ -294,8 +296,11 @@ def heads_table(rows: list[dict[str, Any]]) -> tuple[list[tuple[str, ...]], tupl
         return f"{row[which]} on {row[f'{which}_encoder'] or 'an unknown encoder'}: {value}"
 
     def difference(row: dict[str, Any]) -> str:
-        low, high = row["difference_low"], row["difference_high"]
-        return console.interval(row["difference"], low, high, row["unit"], points=True)
+        low, unit = row["difference_low"], row["unit"]
+        said = console.figure(row["difference"], unit, points=True)
+        if row["difference"] is None or low is None:
+            return said
+        return f"{said} (95 %: over {console.figure(low, unit, points=True)})"
 
     cells: list[tuple[str, ...]] = [
         (

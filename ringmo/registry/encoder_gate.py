@@ -380,20 +380,18 @@ def _compared(
     )
     checks: list[dict[str, Any]] = [
         {
-            "rule": "encoder.mean",
+            "rule": "max_drop",
             "ok": ok,
             "said": said,
-            "numbers": {
-                "difference": float(mean[0]),
-                "bound": bound,
-                "max_drop": max_drop,
-                "tiles": tiles,
-            },
+            "value": float(mean[0]),
+            "limit": -max_drop,
+            "low": bound,
+            "tiles": tiles,
         }
     ]
     figures: dict[str, Any] = {
-        "difference": round(float(mean[0]), 6),
-        "difference_bound": round(bound, 6),
+        "difference_to_champion": round(float(mean[0]), 6),
+        "difference_to_champion_low": round(bound, 6),
         "gate_tiles": tiles,
     }
     chances = {name: _chance(drawn[f"{name[0]}/{name[1]}"], -max_drop) for name in names}
@@ -406,14 +404,19 @@ def _compared(
             said += "better" if difference >= 0 else "worse"
             if failed:
                 said += f", more than the {points(max_drop)} allowed, and not by chance (Holm, 5 %)"
-            numbers = {
-                "candidate": float(new.mean()),
-                "champion": float(old.mean()),
-                "difference": difference,
-                "chance": chances[one.task, probe],
-            }
-            rule = f"encoder.{one.task}.{probe}"
-            checks.append({"rule": rule, "ok": not failed, "said": said, "numbers": numbers})
+            checks.append(
+                {
+                    "rule": f"{one.task}.{probe}",
+                    "ok": not failed,
+                    "said": said,
+                    "value": difference,
+                    "limit": -max_drop,
+                    "p": chances[one.task, probe],
+                    "candidate": float(new.mean()),
+                    "champion": float(old.mean()),
+                    "tiles": len(one.places),
+                }
+            )
             figures[f"candidate_{one.task}_{probe}"] = round(float(new.mean()), 6)
             figures[f"champion_{one.task}_{probe}"] = round(float(old.mean()), 6)
     broken = [check["said"] for check in checks[1:] if not check["ok"]]
