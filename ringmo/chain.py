@@ -216,7 +216,8 @@ def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
 
     Keys: task, champion and candidate, the encoder that each stands on, what both reach on the same
     test tiles by `metric` in `unit`, the difference (above 0 the candidate is better), the bound
-    (95 %, one-sided) that it is not below where the gate found one, and the verdict. In MLflow they are a table of the candidate encoder's run.
+    (95 %, one-sided) that it is not below where the gate found one, and the verdict. In MLflow
+    they are a table of the candidate encoder's run.
     """
     from ringmo import tasks
     from ringmo.registry.tracker import Tracker
