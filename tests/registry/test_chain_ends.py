@@ -142,8 +142,11 @@ def test_a_promotion_that_was_killed_half_way_is_finished_and_not_repeated(
     _promote(selected, "scene")
     made(2)
     with monkeypatch.context() as killed:
-        # What SIGKILL leaves between the entry and the aliases: tests/registry/test_promotion.py.
-        killed.setattr(promotion, "_apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        # The entry is written, and then no alias moves any more.
+        def dies(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        killed.setattr(Tracker, "set_alias", dies)
         with pytest.raises(KeyboardInterrupt):
             _promote(selected, "scene")
     assert chain.passed(selected, "scene") is None
