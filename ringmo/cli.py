@@ -445,6 +445,8 @@ def _register(arguments: Arguments) -> int:
     config, workspace = _open(arguments)
     with failure_reported(workspace, f"register@{arguments.task}"):
         report = chain.register(config, workspace, arguments.task, arguments.flow_run)
+    if report.ok and not arguments.flow_run:  # the chain promotes by itself
+        report.notes.append(f"Next: ringmo promote {report.figures['model']}")
     return _print_report(report)
 
 
