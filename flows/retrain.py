@@ -88,12 +88,12 @@ def _registered(
             if reason := _refused(config, place, name, about, arguments):
                 failed[model] = reason
     if not chain.heads_shown(config, place):
-        rows = chain.heads(config, place)
-        create_markdown_artifact(
-            key="heads",
-            markdown=chain.heads_markdown(rows),
-            description="Each task's model on the old encoder and on the new one",
-        )
+        if rows := chain.heads(config, place):
+            create_markdown_artifact(
+                key="heads",
+                markdown=chain.heads_markdown(rows),
+                description="Each task's model on the old encoder and on the new one",
+            )
         chain.keep_heads(config, place, rows)
     return failed
 
@@ -134,12 +134,12 @@ def _refused(
     """
     step: Any = as_task(config, command, name, about)
     try:
-        step(str(place.root), name, arguments)
+        reason: str | None = step(str(place.root), name, arguments)["reason"]
     except StageFailed as error:
         if error.exit_code not in (1, 2):
             raise
-        return error.reason
-    return None
+        reason = error.reason
+    return reason
 
 
 def _wanted(config: Config, place: Workspace, stage: str) -> bool:

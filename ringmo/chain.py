@@ -196,9 +196,20 @@ def _encoder_of(tracker: "Tracker", version: "Version") -> str | None:
 
 
 def registered(config: Config, workspace: Workspace, task: str) -> bool:
-    """Whether just this model went through registration and gate under just these rules before."""
+    """Whether just this model was registered and judged under just these rules before.
+
+    A verdict that somebody still has to act on counts as long as the champion is the one that it
+    was found against.
+    """
+    from ringmo.registry.tracker import Tracker
+
     report = Report.read(workspace.report_file(f"register@{task}"))
-    return bool(report and report.figures.get("key") == _registration_key(config, workspace, task))
+    if report is None or report.figures.get("key") != _registration_key(config, workspace, task):
+        return False
+    if passed(workspace, task) is None:
+        return True
+    champion = Tracker(workspace).aliased(task, "champion")
+    return bool(report.figures["against"] == (str(champion) if champion else None))
 
 
 def _registration_key(config: Config, workspace: Workspace, task: str) -> str:

@@ -135,6 +135,23 @@ def test_what_passed_is_promoted_by_itself_once(selected: Workspace, made: Made)
     assert chain.passed(selected, "scene") is None, "what a person rolled back stays so"
 
 
+def test_a_verdict_against_another_champion_is_found_anew(
+    selected: Workspace, config: Config, made: Made
+) -> None:
+    made(1)
+    assert chain.registered(config, selected, "scene"), "killed here, it is not judged again"
+    _promote(selected, "scene")
+    made(2)
+    assert chain.registered(config, selected, "scene")
+    made(3)
+    promotion.promote(selected, "scene", 2, by="ada", reason="I like it", force=True)
+    assert not chain.registered(config, selected, "scene"), "scene/3 was compared with scene/1"
+    (_, scene) = made(3)
+    assert scene.figures["against"] == "scene/2"
+    _promote(selected, "scene")
+    assert chain.registered(config, selected, "scene")
+
+
 def test_a_promotion_that_was_killed_half_way_is_finished_and_not_repeated(
     selected: Workspace, made: Made, monkeypatch: Any
 ) -> None:
