@@ -531,7 +531,10 @@ class Config(Section):
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
         if "encoder" in self.gate:
-            for name in sorted(self.gate["encoder"].model_fields_set - {"max_drop"}):
+            rule = self.gate["encoder"]
+            for name in sorted(Gate.model_fields.keys() - {"max_drop"}):
+                if getattr(rule, name) == Gate.model_fields[name].default:
+                    continue
                 raise ValueError(
                     f"gate.encoder.{name}: an encoder is judged by probes, for which max_drop "
                     f"alone counts: leave it out"
