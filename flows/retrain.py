@@ -17,7 +17,7 @@ from ringmo.workspace import Workspace
 
 @flow(name="retrain", description=__doc__, persist_result=False)
 def retrain(workspace: str, reason: str = "by hand") -> Any:
-    """Ingest, every stage of dvc.yaml that changed, register, gate, promote, push.
+    """Ingest, every stage of dvc.yaml that changed, register and judge all, promote, push.
 
     Args:
         workspace: the workspace's folder on the worker's machine.
@@ -26,6 +26,7 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
     place = Workspace.find(workspace)
     config = Config.load(place.params_file)
     versions.sync_revisions(place)
+    chain.bring_champion(config, place)
     tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
     forward.forward_all(place)
     about = tags | {"flow_run_url": flow_run.ui_url}
@@ -67,16 +68,81 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         for name, state in together(calls, config.run.side_by_side):
             cached[name] = state.name == "Cached"
 
-    for task in chain.ends(config, place):
-        if chain.registered(config, place, task):
-            cached[f"register@{task}"] = True
-            continue
-        about = "A version in the registry, the gate, production"
-        end: Any = as_task(config, command, f"register@{task}", about)
-        end(root, f"register@{task}", ["register", task, "--flow-run", tags["flow_run"]])
-        cached[f"register@{task}"] = False
+    failed = _registered(config, place, tags, cached)
+    _promoted(config, place, cached, failed)
     chain.push(config, place)
-    return chain.summary(config, place, cached)
+    return chain.summary(config, place, cached, failed)
+
+
+def _registered(
+    config: Config, place: Workspace, tags: dict[str, str], cached: dict[str, bool]
+) -> dict[str, str]:
+    """Register and judge the encoder and each task's model, and then show them side by side.
+
+    One that is refused stops none of the others. Returns model → why it could not be registered.
+    """
+    failed: dict[str, str] = {}
+    for model in chain.ends(config, place):
+        name = f"register@{model}"
+        cached[name] = chain.registered(config, place, model)
+        if not cached[name]:
+            arguments = ["register", model, "--flow-run", tags["flow_run"]]
+            about = "A version in the registry, and its gate's verdict"
+            if reason := _refused(config, place, name, about, arguments):
+                failed[model] = reason
+    if not chain.heads_shown(config, place):
+        if rows := chain.heads(config, place):
+            create_markdown_artifact(
+                key="heads",
+                markdown=chain.heads_markdown(rows),
+                description="Each task's model on the old encoder and on the new one",
+            )
+        chain.keep_heads(config, place, rows)
+    return failed
+
+
+def _promoted(
+    config: Config, place: Workspace, cached: dict[str, bool], failed: dict[str, str]
+) -> None:
+    """Put forward what passed: the encoder first, since it is a version before any model on it."""
+    for model in chain.ends(config, place):
+        if model in failed:
+            continue
+        if (waits := chain.passed(place, model)) is None:
+            cached[f"promote@{model}"] = True
+        elif reason := _put_forward(config, place, *waits):
+            failed[model] = reason
+        else:
+            cached[f"promote@{model}"] = False
+
+
+def _put_forward(config: Config, place: Workspace, ref: str, reasons: list[str]) -> str | None:
+    """What happens to a version that passed its gate, once: it becomes champion.
+
+    Returns:
+        Why it did not.
+    """
+    name = f"promote@{ref.partition('/')[0]}"
+    arguments = ["promote", ref, "--by", "gate", "--reason", "; ".join(reasons)]
+    return _refused(config, place, name, "The better model in production", arguments)
+
+
+def _refused(
+    config: Config, place: Workspace, name: str, about: str, arguments: list[str]
+) -> str | None:
+    """Run one of the chain's last steps; why it cannot be done, where doing it again cannot help.
+
+    Raises:
+        StageFailed: something outside did not answer, or it crashed.
+    """
+    step: Any = as_task(config, command, name, about)
+    try:
+        reason: str | None = step(str(place.root), name, arguments)["reason"]
+    except StageFailed as error:
+        if error.exit_code not in (1, 2):
+            raise
+        reason = error.reason
+    return reason
 
 
 def _wanted(config: Config, place: Workspace, stage: str) -> bool:

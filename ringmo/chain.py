@@ -7,13 +7,16 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ringmo import console
 from ringmo.config import Config, digest
-from ringmo.errors import RingmoError
-from ringmo.stage import Report
-from ringmo.workspace import Workspace
+from ringmo.errors import BadInput, RingmoError
+from ringmo.stage import Report, whole_folder, write_json
+from ringmo.workspace import CHAMPION, Workspace, template
+
+if TYPE_CHECKING:
+    from ringmo.registry.tracker import Tracker, Version
 
 
 def plan(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
@@ -78,8 +81,6 @@ def _command() -> str:
 
 def _check_sources(config: Config, workspace: Workspace) -> None:
     """What ingest would refuse anyway, said before any server is started."""
-    from ringmo.errors import BadInput
-
     for source in config.ingest.sources:
         if source == "generated" or "://" in source:
             continue
@@ -87,9 +88,39 @@ def _check_sources(config: Config, workspace: Workspace) -> None:
             raise BadInput(f"{source}: no such folder (ingest.sources in params.yaml)")
 
 
+def bring_champion(config: Config, workspace: Workspace) -> None:
+    """Write to champion.yaml which encoder is taken instead of pre-training one, and bring it here.
+
+    So that the stage is a function of files and parameters, and the registry is asked before it.
+
+    Raises:
+        BadInput: pretrain.refresh is champion, and no encoder is.
+    """
+    wanted = None
+    if config.pretrain.refresh == "champion":
+        from ringmo.registry.tracker import Tracker
+
+        tracker = Tracker(workspace)
+        encoder = tracker.aliased("encoder", "champion")
+        if encoder is None:
+            raise BadInput("pretrain.refresh: champion: no encoder is champion yet: set full")
+        wanted = encoder.bundle_hash
+        kept = workspace.state / "bundles" / wanted
+        if not kept.is_dir():
+            with whole_folder(kept) as folder:
+                shutil.copytree(tracker.bundle_folder(encoder), folder, dirs_exist_ok=True)
+    path = workspace.root / CHAMPION
+    header = template(CHAMPION).read_text().rpartition("encoder:")[0]
+    text = f"{header}encoder: {wanted or 'null'}\n"
+    if not path.exists() or path.read_text() != text:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
 def ends(config: Config, workspace: Workspace) -> list[str]:
-    """What is registered at the chain's end: the tasks' models, or the encoder alone."""
-    return labelled(config, workspace) or ["encoder"]
+    """What is registered and judged at the chain's end: the encoder, and then the tasks' models."""
+    return ["encoder", *labelled(config, workspace)]
 
 
 def labelled(config: Config, workspace: Workspace) -> list[str]:
@@ -107,55 +138,78 @@ def _selected(workspace: Workspace) -> list[dict[str, Any]]:
 def register(
     config: Config, workspace: Workspace, task: str, flow_run: str | None = None
 ) -> Report:
-    """Register a model, judge it, and promote it if the gate lets it pass. Done twice is done once.
+    """Register a model and judge it by its gate, which promotes nothing. Done twice is done once.
 
-    A task's model brings its encoder along, which becomes champion when the task's model does.
-    A version is promoted by itself at most once: what a person rolled back stays rolled back.
+    The encoder that a task's model stands on is registered before it.
     """
-    from ringmo.registry import gate, promotion, register
-
-    def judge(name: str, version: Any) -> tuple[Any, bool]:
-        verdict = gate.gate(config, workspace, name, version)
-        moved = any(row["to"] == version.version for row in promotion.history(workspace, name))
-        if verdict.ok and not moved:
-            reason = "; ".join(verdict.reasons)
-            promotion.promote(workspace, name, version.version, by="gate", reason=reason)
-        return verdict, verdict.ok and not moved
+    from ringmo.registry import gate, register
+    from ringmo.registry.tracker import Tracker
 
     started = time.monotonic()
     tags = {"flow_run": flow_run or ""}
-    encoder = register.register(config, workspace, register.ENCODER, tags)
-    version = encoder
-    if task != register.ENCODER:
-        version = register.register(config, workspace, task, tags)
-        verdict, promoted = judge(task, version)
-        judge(register.ENCODER, encoder)
-    else:
-        verdict, promoted = judge(task, version)
+    tracker = Tracker(workspace)
+    if task != register.ENCODER and not _encoder_known(workspace, tracker, task):
+        register.register(config, workspace, register.ENCODER, tags)
+    version = register.register(config, workspace, task, tags)
+    verdict = gate.gate(config, workspace, task, version)
+    judged = tracker.version(task, version.version) or version
+    against = judged.tags.get("verdict_against", "none")
+    champion = next((v for v in tracker.versions(task) if str(v) == against), None)
     report = Report(
         f"register@{task}",
         figures={
-            "model": f"{task}/{version.version}",
-            "encoder": f"encoder/{encoder.version}",
+            "model": str(version),
+            "encoder": _encoder_of(tracker, version),
+            "against": str(champion) if champion else None,
+            "against_encoder": _encoder_of(tracker, champion) if champion else None,
             "verdict": "passed" if verdict.ok else "refused",
             "verdict_reasons": verdict.reasons,
-            "promoted": promoted,
             **verdict.figures,
             "key": _registration_key(config, workspace, task),
         },
+        tables={"checks": verdict.checks},
         seconds=round(time.monotonic() - started, 2),
-        # An encoder that waits for a task model to be built on it has not been refused.
-        exit_code=0 if verdict.ok or task == register.ENCODER else 1,
+        exit_code=0 if verdict.ok else 1,
         ok=verdict.ok,
     )
     report.write(workspace.report_file(report.stage))
     return report
 
 
+def _encoder_known(workspace: Workspace, tracker: "Tracker", task: str) -> bool:
+    """Whether the encoder of a task's new model is a version already."""
+    from ringmo.registry import bundle
+
+    meta = bundle.load_meta(workspace.work(f"finetune@{task}") / "model")
+    encoder = meta["lineage"].get("encoder")
+    return any(version.bundle_hash == encoder for version in tracker.versions("encoder"))
+
+
+def _encoder_of(tracker: "Tracker", version: "Version") -> str | None:
+    """The encoder that a version stands on; its own name, if it is one."""
+    if version.model == "encoder":
+        return str(version)
+    known = tracker.versions("encoder")
+    encoder = version.tags.get("encoder_hash")
+    found = next((str(one) for one in known if one.bundle_hash == encoder), None)
+    return found or version.tags.get("encoder_version")
+
+
 def registered(config: Config, workspace: Workspace, task: str) -> bool:
-    """Whether just this model went through registration and gate under just these rules before."""
+    """Whether just this model was registered and judged under just these rules before.
+
+    A verdict that somebody still has to act on counts as long as the champion is the one that it
+    was found against.
+    """
+    from ringmo.registry.tracker import Tracker
+
     report = Report.read(workspace.report_file(f"register@{task}"))
-    return bool(report and report.figures.get("key") == _registration_key(config, workspace, task))
+    if report is None or report.figures.get("key") != _registration_key(config, workspace, task):
+        return False
+    if passed(workspace, task) is None:
+        return True
+    champion = Tracker(workspace).aliased(task, "champion")
+    return bool(report.figures["against"] == (str(champion) if champion else None))
 
 
 def _registration_key(config: Config, workspace: Workspace, task: str) -> str:
@@ -166,6 +220,185 @@ def _registration_key(config: Config, workspace: Workspace, task: str) -> str:
         config.gate,
         os.environ.get("MLFLOW_TRACKING_URI", ""),
     )
+
+
+def heads(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
+    """Each task's model on the old encoder and on the new one, before any of them is promoted.
+
+    Keys: task, champion and candidate, the encoder that each stands on, what both reach on the same
+    test tiles by `metric` in `unit`, the difference (above 0 the candidate is better), the bound
+    (95 %, one-sided) that it is not below where the gate found one, and the verdict. In MLflow
+    they are a table of the candidate encoder's run.
+    """
+    from ringmo import tasks
+    from ringmo.registry.tracker import Tracker
+
+    rows = []
+    for task in labelled(config, workspace):
+        report = Report.read(workspace.report_file(f"register@{task}"))
+        if report is None or "verdict" not in report.figures:
+            continue
+        made, kind = report.figures, tasks.find(task)
+        metric = config.gate[task].metric or kind.metric
+        new, old = made.get(f"candidate_{metric}"), made.get(f"champion_{metric}")
+        difference = made.get("difference_to_champion")
+        if difference is None and new is not None and old is not None:
+            difference = kind.gain(metric, new) - kind.gain(metric, old)
+        rows.append(
+            {
+                "task": task,
+                "champion": made["against"],
+                "champion_encoder": made["against_encoder"],
+                "candidate": made["model"],
+                "candidate_encoder": made["encoder"],
+                "metric": metric,
+                "unit": kind.unit(metric),
+                "champion_value": old,
+                "candidate_value": new,
+                "difference": difference,
+                "difference_low": made.get("difference_to_champion_low"),
+                "tiles": made.get("gate_tiles"),
+                "verdict": made["verdict"],
+            }
+        )
+    tracker = Tracker(workspace)
+    encoder = _registered_encoder(workspace, tracker)
+    if rows and encoder is not None and encoder.run_id:
+        tracker.log_table(encoder.run_id, "heads", rows)
+    return rows
+
+
+def keep_heads(config: Config, workspace: Workspace, rows: list[dict[str, Any]]) -> None:
+    """Write `heads` to .ringmo/reports/heads.json: it has been shown."""
+    write_json(_heads_file(workspace), {"key": _heads_key(config, workspace), "rows": rows})
+
+
+def _registered_encoder(workspace: Workspace, tracker: "Tracker") -> "Version | None":
+    """The version that the workspace's encoder is."""
+    report = Report.read(workspace.report_file("register@encoder"))
+    name = report.figures.get("model") if report else None
+    return next((v for v in tracker.versions("encoder") if str(v) == name), None)
+
+
+def heads_shown(config: Config, workspace: Workspace) -> bool:
+    """Whether the table of `heads` is of just these registrations."""
+    try:
+        kept = json.loads(_heads_file(workspace).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(kept.get("key") == _heads_key(config, workspace))
+
+
+def _heads_file(workspace: Workspace) -> Path:
+    return workspace.report_file("heads")
+
+
+def _heads_key(config: Config, workspace: Workspace) -> str:
+    reports = [workspace.report_file(f"register@{model}") for model in ends(config, workspace)]
+    return digest([path.read_text() if path.exists() else "" for path in reports])
+
+
+def heads_table(rows: list[dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """The rows of `heads` as cells, and the columns' names."""
+
+    def on(row: dict[str, Any], which: str) -> str:
+        if row[which] is None:
+            return "none"
+        value = console.figure(row[f"{which}_value"], row["unit"])
+        return f"{row[which]} on {row[f'{which}_encoder'] or 'an unknown encoder'}: {value}"
+
+    def difference(row: dict[str, Any]) -> str:
+        low, unit = row["difference_low"], row["unit"]
+        said = console.figure(row["difference"], unit, points=True)
+        if row["difference"] is None or low is None:
+            return said
+        return f"{said} (95 %: over {console.figure(low, unit, points=True)})"
+
+    cells: list[tuple[str, ...]] = [
+        (
+            f"{row['task']}, {row['metric']}",
+            on(row, "champion"),
+            on(row, "candidate"),
+            difference(row),
+            row["verdict"],
+        )
+        for row in rows
+    ]
+    return cells, ("task", "champion", "candidate", "difference", "gate")
+
+
+def heads_markdown(rows: list[dict[str, Any]]) -> str:
+    cells, names = heads_table(rows)
+    lines = [names, ("---",) * len(names), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def passed(workspace: Workspace, model: str) -> tuple[str, list[str]] | None:
+    """The version that its gate let pass and nobody ever promoted, and the gate's reasons.
+
+    So a version is promoted by itself at most once: what a person rolled back stays rolled back.
+    """
+    from ringmo.registry import promotion
+    from ringmo.registry.tracker import Tracker
+
+    if not _has_passed(workspace, model):
+        return None
+    promotion.settle(workspace, model)
+    report = Report.read(workspace.report_file(f"register@{model}"))
+    assert report is not None
+    version: str = report.figures["model"]
+    champion = Tracker(workspace).aliased(model, "champion")
+    moved = {f"{model}/{row['to']}" for row in promotion.history(workspace, model)}
+    if version in moved or version == str(champion):
+        return None
+    return version, report.figures["verdict_reasons"]
+
+
+def _has_passed(workspace: Workspace, model: str) -> bool:
+    report = Report.read(workspace.report_file(f"register@{model}"))
+    return bool(report and report.figures.get("verdict") == "passed")
+
+
+def left_behind(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
+    """Champions on another encoder than the champion encoder that no run here brings onto it.
+
+    Keys: model, encoder (that it stands on), champion_encoder, next (arguments of `ringmo`; None
+    where this workspace has no labels for it).
+    """
+    from ringmo.registry.tracker import Tracker
+
+    tracker = Tracker(workspace)
+    encoder = tracker.aliased("encoder", "champion")
+    if encoder is None:
+        return []
+    encoders = {one.bundle_hash: one for one in tracker.versions("encoder")}
+    made_here = str(_registered_encoder(workspace, tracker)) == str(encoder)
+    ours = labelled(config, workspace)
+    select = Report.read(workspace.work("select") / "report.json")
+    could = [*ours, *(select.figures.get("other_tasks", []) if select else [])]
+    rows: list[dict[str, Any]] = []
+    for task in tracker.models():
+        champion = None if task == "encoder" else tracker.aliased(task, "champion")
+        if champion is None or champion.tags.get("encoder_hash") == encoder.bundle_hash:
+            continue
+        stands = encoders.get(champion.tags.get("encoder_hash", ""))
+        ahead = stands is not None and stands.version > encoder.version
+        if ahead and stands is not None and stands.tags.get("verdict") == "refused":
+            continue  # its own gate found it better, whatever the encoder's said
+        if made_here and task in ours:
+            continue  # this run tried, and its gate refused
+        more = "" if made_here else " --set pretrain.refresh=champion"
+        rows.append(
+            {
+                "model": str(champion),
+                "encoder": _encoder_of(tracker, champion),
+                "champion_encoder": str(encoder),
+                "next": f"run --task {' '.join(dict.fromkeys([*ours, task]))}{more}"
+                if task in could
+                else None,
+            }
+        )
+    return rows
 
 
 def push(config: Config, workspace: Workspace) -> None:
@@ -181,8 +414,17 @@ def push(config: Config, workspace: Workspace) -> None:
         marker.write_text(key)
 
 
-def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> dict[str, Any]:
-    """What came out of a run, from the reports that its stages left."""
+def summary(
+    config: Config,
+    workspace: Workspace,
+    cached: dict[str, bool],
+    failed: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What came out of a run, from the reports that its stages left.
+
+    failed: model → why its registration or promotion was refused.
+    """
+    failed = failed or {}
     from ringmo import services
     from ringmo.registry import listing
 
@@ -208,8 +450,11 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
         "labelled": labelled(config, workspace),
         "other_tasks": figures("select").get("other_tasks", []),
         "beside": {row["task"]: row["beside"] for row in _selected(workspace)},
+        "heads": json.loads(_heads_file(workspace).read_text())["rows"],
+        "left_behind": left_behind(config, workspace),
+        "failed": failed,
     }
-    exit_code = 0
+    refused = list(failed)
     for task in ends(config, workspace):
         report = Report.read(workspace.report_file(f"register@{task}"))
         made = report.figures if report else {}
@@ -217,24 +462,26 @@ def summary(config: Config, workspace: Workspace, cached: dict[str, bool]) -> di
             (row for row in listing.models(workspace, task) if "champion" in row["aliases"]), None
         )
         new = not cached.get(f"register@{task}", True)
-        if new and made.get("verdict") == "refused" and task != "encoder":
-            exit_code = 1
+        if new and made.get("verdict") == "refused":
+            refused.append(task)
         result["tasks"][task] = {
             **figures(f"evaluate@{task}"),
             **{k: v for k, v in made.items() if k != "key"},
             "champion": f"{task}/{champion['version']}" if champion else None,
+            "promoted": not cached.get(f"promote@{task}", True)
+            and champion is not None
+            and made.get("model") == f"{task}/{champion['version']}",
         }
-    refused = exit_code == 1
     everything_cached = all(cached.values()) if cached else False
     result["outcome"] = "Refused" if refused else "Unchanged" if everything_cached else "Completed"
     result["headline"] = (
-        "the gate refused the new model; the champion stays"
+        f"refused: {', '.join(dict.fromkeys(refused))}; there the champion stays"
         if refused
         else "nothing changed, nothing was done"
         if everything_cached
         else "done"
     )
-    result["exit_code"] = exit_code
+    result["exit_code"] = 1 if refused else 0
     return result
 
 
@@ -268,6 +515,13 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             if figures["champion"] and standing != "champion":
                 rows.append(("  in production", f"{figures['champion']} (champion)"))
             rows += [("", f"  {reason}") for reason in figures.get("verdict_reasons", [])]
+        if task in result["failed"]:
+            rows.append((f"Model, {task}", f"REFUSED: {result['failed'][task]}"))
+    for row in result["left_behind"]:
+        todo = f"`{result.get('command', 'ringmo')} {row['next']}`"
+        todo = todo if row["next"] else "no tile here has its labels"
+        on = f"still on {row['encoder'] or 'an unknown encoder'}, not {row['champion_encoder']}"
+        rows.append((row["model"], f"{on}: {todo}"))
     if not result["labelled"]:
         why = "folders named by class give labels"
         if result["other_tasks"]:
@@ -317,7 +571,11 @@ def summary_text(result: dict[str, Any]) -> str:
         else "put the images in folders named by class and run again"
     )
     more = f"{ringmo} models\n      {ringmo} down      (ends the servers)"
-    return f"\n{console.table(summary_rows(result))}\n\nNext: {following}\n      {more}"
+    parts = [console.table(summary_rows(result))]
+    if any(row["champion"] for row in result["heads"]):
+        parts.append(console.table(*heads_table(result["heads"])))
+    parts.append(f"Next: {following}\n      {more}")
+    return "\n" + "\n\n".join(parts)
 
 
 def summary_markdown(result: dict[str, Any]) -> str:

@@ -478,6 +478,8 @@ def _register(arguments: Arguments) -> int:
     config, workspace = _open(arguments)
     with failure_reported(workspace, f"register@{arguments.task}"):
         report = chain.register(config, workspace, arguments.task, arguments.flow_run)
+    if report.ok and not arguments.flow_run:  # the chain promotes by itself
+        report.notes.append(f"Next: ringmo promote {report.figures['model']}")
     return _print_report(report)
 
 
@@ -648,18 +650,22 @@ def _mover(arguments: Arguments) -> str:
 
 def _promote(arguments: Arguments) -> None:
     from ringmo.registry import listing, promotion
+    from ringmo.stage import Report, failure_reported
 
     _, workspace = _open(arguments)
     ref = arguments.ref
     chosen = listing.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
-    moved = promotion.promote(
-        workspace,
-        chosen.model,
-        chosen.version,
-        by=_mover(arguments),
-        reason=arguments.reason,
-        force=arguments.force,
-    )
+    stage = f"promote@{chosen.model}"
+    with failure_reported(workspace, stage):
+        moved = promotion.promote(
+            workspace,
+            chosen.model,
+            chosen.version,
+            by=_mover(arguments),
+            reason=arguments.reason,
+            force=arguments.force,
+        )
+        Report(stage, figures=moved).write(workspace.report_file(stage))
     console.result(moved, promotion.move_text(moved))
 
 

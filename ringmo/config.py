@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -320,7 +321,7 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    refresh: Literal["full", "keep"] = "full"
+    refresh: Literal["full", "keep", "champion"] = "full"
     method: Literal["ringmo", "simmim", "mae"] = "ringmo"
     init: str | None = None
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field({"rgb": 1.0}, min_length=1)
@@ -433,7 +434,8 @@ class Compare(Section):
 
 class Gate(Section):
     """metric: a figure of the task's; null: its main one. max_drop, max_turn_drop: in the unit of
-    that and of the main one. Of the others null: no such rule."""
+    that and of the main one. Of the others null: no such rule. Of `encoder`, which is judged by
+    probes, max_drop alone."""
 
     metric: str | None = None
     max_drop: float = Field(0.03, ge=0)
@@ -531,10 +533,12 @@ class Config(Section):
 
     @field_validator("tasks", "finetune", "gate")
     @classmethod
-    def _tasks_there_are(cls, given: Any) -> Any:
+    def _tasks_there_are(cls, given: Any, info: ValidationInfo) -> Any:
         from ringmo import tasks
 
         for name in given:
+            if name == "encoder" and info.field_name == "gate":
+                continue
             if name not in tasks.names():
                 raise ValueError(tasks.unknown(name))
         if isinstance(given, list) and len(set(given)) < len(given):
@@ -569,6 +573,15 @@ class Config(Section):
         for task in self.tasks:
             if task not in self.finetune or task not in self.gate:
                 raise ValueError(f"tasks: `{task}` needs a section in finetune and in gate")
+        if "encoder" in self.gate:
+            rule = self.gate["encoder"]
+            for name in sorted(Gate.model_fields.keys() - {"max_drop"}):
+                if getattr(rule, name) == Gate.model_fields[name].default:
+                    continue
+                raise ValueError(
+                    f"gate.encoder.{name}: an encoder is judged by probes, for which max_drop "
+                    f"alone counts: leave it out"
+                )
         for task in self.compare.tasks or []:
             if task not in self.tasks:
                 raise ValueError(

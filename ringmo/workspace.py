@@ -2,7 +2,7 @@
 
 Layout, relative to the workspace's root:
 
-    params.yaml, dvc.yaml, dvc.lock, revisions.yaml   what runs
+    params.yaml, dvc.yaml, dvc.lock   what runs; with revisions.yaml and champion.yaml
     data/store/            the tile store (data/store.dvc beside it), data/versions.jsonl
     work/STAGE/            a stage's outputs (stage `finetune@scene` writes work/finetune-scene/)
     .ringmo/               this machine's state: servers, checkpoints, figures, reports
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringmo.errors import BadInput
+
+CHAMPION = "champion.yaml"  # which encoder is taken instead of pre-training one
 
 # Hard links: the store's shards and DVC's cache are the same bytes on disk, not twice.
 # no_scm: a workspace need not be a git repository; where it is, DVC has nothing to ask of git.
@@ -100,7 +102,7 @@ def init(root: Path) -> Workspace:
         raise BadInput(f"{root} is a workspace already")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for name in ("params.yaml", "dvc.yaml", "revisions.yaml", ".dvcignore"):
+        for name in ("params.yaml", "dvc.yaml", "revisions.yaml", "champion.yaml", ".dvcignore"):
             shutil.copyfile(template(name), root / name)
         (root / ".gitignore").write_text(".ringmo/\n/data/store\n/work/\n")
         (root / ".dvc").mkdir(exist_ok=True)

@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REVISION = 2  # raised when results change for the same inputs
-BATCH = 256  # tiles whose features are taken at a time
 SCRATCH, EQUAL_TOTAL = "scratch", "scratch, equal total"
 HISTOGRAMS, BLIND = "histograms", "without looking"
 SHOWN = {"ringmo": "RingMo", "simmim": "SimMIM", "mae": "MAE", "imagenet": "ImageNet"}
@@ -495,6 +494,7 @@ class _Comparison:
         folder, last = start.folder.parent, self.config.pretrain.epochs
         # Pictures and accuracies on the way cost time and change nothing.
         changes = {"method": start.name, "picture_every": last, "knn_every": last}
+        changes["refresh"] = "full"  # a method's encoder is trained, whatever the chain takes
         config = _changed(self.config, {f"pretrain.{k}": v for k, v in changes.items()})
 
         def work() -> None:
@@ -533,7 +533,7 @@ class _Comparison:
             else:
                 model, meta = self._random()
             train, val, test = (
-                torch.from_numpy(self._features(model, meta, tiles))
+                torch.from_numpy(probes.tile_features(model, meta, tiles, self.sensor, self.device))
                 for tiles in (task.train, task.val, task.test)
             )
             labels, val_labels = (
@@ -705,17 +705,6 @@ class _Comparison:
         model = encoder(self.config.model, {self.sensor: len(sensor.bands)}).to(self.device).eval()
         sensors = {self.sensor: sensor.described()}
         return model, {"sensors": sensors, "image_size": self.config.model.image_size}
-
-    def _features(
-        self, model: Encoder, meta: dict[str, Any], tiles: SelectedTiles
-    ) -> NDArray[np.float32]:
-        """Features of every tile, uncropped."""
-        order = np.arange(len(tiles))
-        found = [
-            bundle.features(model, batch.images.to(self.device), meta, self.sensor)
-            for batch in tiles.batches(order, BATCH, bundle.read_size(meta))
-        ]
-        return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
 
     @cached_property
     def _described(self) -> dict[str, list[Tensor]]:

@@ -3,14 +3,51 @@
 Neither trains the encoder, so both measure what pre-training alone has put there.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ringmo.data.loading import IMAGE, SelectedTiles
+from ringmo.models.backbone import Encoder
+from ringmo.registry import bundle
+
+BATCH = 256  # tiles whose features are taken at a time
 CHUNK = 1024  # test rows at a time: bounds the similarity matrix to CHUNK × N
 # Weight of the squared coefficients beside the mean cross-entropy, from the strongest down.
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 STEPS = 100  # of L-BFGS for each penalty; each starts where the one before ended
+
+
+def tile_features(
+    model: Encoder,
+    meta: Mapping[str, Any],
+    tiles: SelectedTiles,
+    sensor: str,
+    device: torch.device,
+    part: str = IMAGE,
+) -> NDArray[np.float32]:
+    """Features (N, C) of every tile, uncropped, in their order.
+
+    Args:
+        model: on the device. meta: as `bundle.features` reads it. sensor: what the images are of.
+        part: which of a tile's images: `second` is its later date, `beside:SENSOR` another's.
+    """
+    order = np.arange(len(tiles))
+    found = [
+        bundle.features(
+            model,
+            (batch.images if part == IMAGE else batch.parts[part]).to(device),
+            meta,
+            sensor,
+        )
+        for batch in tiles.batches(order, BATCH, bundle.read_size(meta))
+    ]
+    return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
 
 
 def knn(

@@ -7,9 +7,7 @@ that breaks any is refused and told all that it broke. Before them:
 
 1. The candidate is the champion: passes, nothing to do.
 2. Trained on generated imagery, with a champion trained on real imagery: refused.
-3. `encoder`: passes as the first one, when a task model built on it is champion, or when no task
-   has a champion; an encoder has no answers of its own to score, so it stands or falls with the
-   task model, and where there is none the newest stands.
+3. `encoder`: by the rules of encoder_gate.py.
 
 And beside them:
 
@@ -118,23 +116,11 @@ def _judge(
         why = f"{version} was trained on generated imagery, the champion {champion} on real imagery"
         return Verdict(False, [why], checks=[{"rule": "generated", "ok": False, "said": why}])
     if task == ENCODER:
-        return _judge_encoder(config, tracker, version, champion)
+        from ringmo.registry import encoder_gate
+
+        return encoder_gate.judge(config, workspace, tracker, version, champion)
     with claim(workspace.state / f"gate-{task}.lock"):  # nobody else tidies the evidence up
         return _Judgement(config, workspace, tracker, task, version).verdict(champion)
-
-
-def _judge_encoder(
-    config: Config, tracker: Tracker, version: Version, champion: Version | None
-) -> Verdict:
-    if champion is None:
-        return Verdict(True, ["first encoder"])
-    models = [tracker.aliased(task, "champion") for task in config.tasks]
-    if not any(models):
-        return Verdict(True, ["no task model to judge it by: the newest encoder stands"])
-    for model in models:
-        if model is not None and model.tags.get("encoder_hash") == version.bundle_hash:
-            return Verdict(True, [f"{model}, built on it, is champion"])
-    return Verdict(False, [f"no champion is built on {version} yet: it follows its task model"])
 
 
 class _Judgement:

@@ -1,6 +1,6 @@
 """What a version takes along into the registry: all that its lineage is told from, as files.
 
-dvc.lock, dvc.yaml, params.yaml, revisions.yaml, store.dvc    what ran, on what
+dvc.lock, dvc.yaml, params.yaml, revisions.yaml, champion.yaml, store.dvc    what ran, on what
 environment.txt, source.patch       the libraries, and how the code differed from its commit
 outs/PATH.json                      DVC's list of the files of each folder that dvc.lock names
 reports/STAGE.json                  figures of each stage, and the machine it ran on
@@ -22,7 +22,7 @@ from ringmo.data import versions
 from ringmo.errors import BadInput
 from ringmo.registry import seen
 from ringmo.stage import Report, write_json
-from ringmo.workspace import Workspace
+from ringmo.workspace import CHAMPION, Workspace
 
 ENCODER = "encoder"
 SUMS, TILES, DATA, LOCK, PATCH = (
@@ -41,7 +41,7 @@ def write(
         patch: what the code has beyond its commit; None where it has nothing.
     """
     folder.mkdir()
-    for name in (LOCK, "dvc.yaml", "params.yaml", "revisions.yaml"):
+    for name in (LOCK, "dvc.yaml", "params.yaml", "revisions.yaml", CHAMPION):
         path = workspace.root / name
         if path.is_file():
             (folder / name).write_bytes(path.read_bytes())

@@ -10,6 +10,7 @@ A killed training goes on from its last checkpoint; the same selection, paramete
 give the same encoder.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from ringmo.config import Config
 from ringmo.data.colours import stretched
 from ringmo.data.loading import SelectedTiles
 from ringmo.data.selection import resolved
+from ringmo.errors import BadInput
 from ringmo.evaluation import pictures, probes
 from ringmo.models.backbone import timm_weights, transfer
 from ringmo.models.mae import MAE
@@ -32,7 +34,7 @@ from ringmo.stage import REVISIONS, Report, parameters
 from ringmo.training import engine
 from ringmo.training.engine import Trainer
 from ringmo.training.machine import Machine
-from ringmo.workspace import Workspace
+from ringmo.workspace import CHAMPION, Workspace
 
 SHOWN = 12  # tiles in a picture of reconstructions
 KNN_TILES = 2000  # of each split, evenly chosen: enough for a figure, seconds to embed
@@ -41,11 +43,15 @@ KNN_TILES = 2000  # of each split, evenly chosen: enough for a figure, seconds t
 def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     """Train the encoder on work/select/pretrain.parquet and write it to out/encoder/.
 
+    With pretrain.refresh: champion, take the one that champion.yaml names.
+
     Raises:
         BadInput: too few tiles or too small ones, a damaged selection, a batch that does not fit
             the memory, unequal ranks, a loss that stays no number.
         SystemExit: 143 on SIGTERM, after a checkpoint.
     """
+    if config.pretrain.refresh == "champion":
+        return _taken(config, workspace, out)
     selection = workspace.work("select") / "pretrain.parquet"
     settings, size = config.pretrain, config.model.image_size
     sensors = resolved(config, workspace)
@@ -163,6 +169,27 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
 
 def _count(tiles: dict[str, SelectedTiles]) -> int:
     return sum(len(own) for own in tiles.values())
+
+
+def _taken(config: Config, workspace: Workspace, out: Path) -> Report:
+    """The encoder that champion.yaml names, as it is, in a training's place."""
+    wanted = configuration.read_yaml(workspace.root / CHAMPION)["encoder"]
+    if wanted is None:
+        raise BadInput(f"{CHAMPION} names no encoder: `ringmo run` writes it from the registry")
+    taken = bundle.load(workspace.state / "bundles" / wanted)
+    if taken.hash != wanted:
+        raise BadInput(f"{taken.folder} is damaged: remove it, and `ringmo run` fetches it again")
+    where = "pretrain.refresh: champion: the champion encoder"
+    ours, theirs = config.model.model_dump(), taken.meta["architecture"]
+    other = [name for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        said = ", ".join(f"model.{name}={theirs.get(name)}" for name in other)
+        raise BadInput(f"{where} is of another architecture: set {said}, or refresh: full")
+    missing = [name for name in config.pretrain.mix if name not in taken.meta["sensors"]]
+    if missing:
+        raise BadInput(f"{where} does not read {', '.join(missing)} (pretrain.mix)")
+    shutil.copytree(taken.folder, out / "encoder")
+    return Report("pretrain", figures={**taken.meta["figures"], "taken": wanted[:16]})
 
 
 @torch.no_grad()

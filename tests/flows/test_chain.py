@@ -79,7 +79,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace with its own servers, which the tests below share, one after the other."""
     made = init(tmp_path_factory.mktemp("chain") / "workspace")
     ports = {"services.mlflow_port": free_port(), "services.prefect_port": free_port()}
-    config.edit(made.params_file, TINY | ports | {"gate.scene.max_drop": 1.0})
+    lenient = {"gate.scene.max_drop": 1.0, "gate.encoder.max_drop": 1.0}
+    config.edit(made.params_file, TINY | ports | lenient)
     yield made
     ringmo(made, "down")
     assert not [p for p in psutil.process_iter() if str(made.root) in " ".join(_command_line(p))], (
@@ -109,7 +110,7 @@ def first(place: Workspace, imagery: Path) -> dict[str, Any]:
 
 
 STAGES = ["validate", "select", "pretrain", "finetune@scene", "scratch@scene", "evaluate@scene"]
-ENDS = ["register@scene"]
+ENDS = ["register@encoder", "register@scene", "promote@encoder", "promote@scene"]
 
 
 def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) -> None:
@@ -119,7 +120,8 @@ def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) ->
     assert first["validation"]["ok"]
     scene = first["tasks"]["scene"]
     assert scene["champion"] == scene["model"] == "scene/1"
-    assert scene["verdict"] == "passed"
+    assert scene["verdict"] == "passed" and scene["promoted"]
+    assert first["tasks"]["encoder"]["champion"] == "encoder/1"
     assert 0 <= scene["test_accuracy"] <= 1
     assert 0 <= scene["scratch_accuracy"] <= 1
     names = {r["name"] for r in prefect(place, "task_runs/filter", {})}
@@ -195,6 +197,121 @@ def test_new_imagery_adds_shards_and_trains_anew(
     after = {p: p.read_bytes() for p in place.store.glob("*.tar")}
     assert {p: after[p] for p in shards} == shards
     assert len(after) > len(shards)
+
+    # The heads on both encoders stood side by side before any was promoted.
+    assert answer["tasks"]["encoder"]["champion"] == "encoder/2"
+    (row,) = answer["heads"]
+    assert (row["champion"], row["champion_encoder"]) == ("scene/2", "encoder/1")
+    assert (row["candidate"], row["candidate_encoder"]) == ("scene/3", "encoder/2")
+    assert row["difference"] == pytest.approx(row["candidate_value"] - row["champion_value"])
+    assert answer["tasks"]["scene"]["champion"] == "scene/3" and answer["left_behind"] == []
+    assert "scene/2 on encoder/1" in last_artifact(place, "heads")
+    (shown,) = prefect(
+        place,
+        "artifacts/filter",
+        {"artifacts": {"key": {"any_": ["heads"]}}, "sort": "CREATED_DESC", "limit": 1},
+    )
+    steps = {
+        one["name"]: one
+        for one in prefect(place, "task_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+    }
+    for model in ("encoder", "scene"):
+        assert steps[f"register@{model}"]["end_time"] <= shown["created"]
+        assert shown["created"] <= steps[f"promote@{model}"]["start_time"]
+    listed = json.loads((place.state / "reports" / "heads.json").read_text())
+    assert listed["rows"] == answer["heads"]
+
+
+def test_killed_before_promotion_the_next_run_promotes_once(
+    first: dict[str, Any], place: Workspace
+) -> None:
+    """SIGKILL of the flow's process when all is judged and nothing promoted."""
+    table = place.state / "reports" / "heads.json"
+    before = table.stat().st_mtime_ns
+    champion = json.loads(ringmo(place, "models", "scene", "--json").stdout)["models"][0]
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ringmo", "run", "--set", "finetune.scene.seed=7"),
+            *("--workspace", str(place.root)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit = time.monotonic() + 300
+    while table.stat().st_mtime_ns == before:
+        assert child.poll() is None and time.monotonic() < limit, child.communicate()[1][-3000:]
+        time.sleep(0.01)
+    child.kill()
+    child.communicate(timeout=60)
+    number = champion["version"] + 1
+
+    def moves() -> list[dict[str, Any]]:
+        history = json.loads(ringmo(place, "models", "scene", "--history", "--json").stdout)
+        return [row for row in history["history"] if row["to"] == number]
+
+    assert not moves(), "it was killed too late"
+    answer = run(place)
+    assert {answer["stages"][f"register@{model}"] for model in ("encoder", "scene")} == {"cached"}
+    assert answer["stages"]["promote@scene"] == "done"
+    assert answer["tasks"]["scene"]["champion"] == f"scene/{number}"
+    assert [(row["what"], row["who"]) for row in moves()] == [("promote", "gate")]
+    done = ringmo(place, "rollback", "scene", "--by", "ada", "--reason", "a test")
+    assert done.returncode == 0, done.stderr
+    again = run(place)
+    assert again["outcome"] == "Unchanged", "what a person rolled back stays rolled back"
+    assert again["tasks"]["scene"]["champion"] == f"scene/{champion['version']}"
+
+
+ENDS_ALONE = """
+import json, sys
+from prefect import flow
+from flows import retrain
+from ringmo.config import Config
+from ringmo.workspace import Workspace
+
+@flow
+def ends():
+    place = Workspace.find(sys.argv[1])
+    cached = {}
+    failed = retrain._registered(Config.load(place.params_file), place, {"flow_run": ""}, cached)
+    return {"failed": failed, "cached": cached}
+
+print(json.dumps(ends()))
+"""
+
+
+def test_one_that_cannot_be_registered_stops_none_of_the_others(
+    first: dict[str, Any], place: Workspace
+) -> None:
+    addresses = json.loads((place.state / "services.json").read_text())
+    env = {
+        "MLFLOW_TRACKING_URI": addresses["mlflow"]["url"],
+        "PREFECT_API_URL": addresses["prefect"]["url"] + "/api",
+    }
+    reports = place.state / "reports"
+    for report in reports.glob("register-*.json"):
+        report.unlink()
+    weights = place.work("pretrain") / "encoder" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()  # DVC's cache has the same file
+    weights.write_bytes(whole[:-5])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS_ALONE, str(place.root)],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        weights.write_bytes(whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert list(told["failed"]) == ["encoder"] and "is damaged" in told["failed"]["encoder"]
+    assert not told["cached"]["register@scene"]
+    said = json.loads((reports / "register-scene.json").read_text())
+    assert said["figures"]["verdict"] == "passed"
 
 
 def test_a_killed_training_is_retried_from_its_checkpoint(
