@@ -180,7 +180,7 @@ class Sensor(Section):
 
 
 class Split(Section):
-    by: Literal["place", "block"] = "place"
+    by: Literal["place", "block", "published"] = "place"
     test: float = Field(0.2, gt=0, lt=1)
     val: float = Field(0.1, gt=0, lt=1)
     near_duplicate_bits: int = Field(3, ge=0, le=3)
