@@ -50,6 +50,7 @@ from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
+    import pandas
     import pyarrow
 
 GENERATED = "generated"
@@ -479,8 +480,12 @@ def _place(
     def fetch(shard: str, offset: int, size: int) -> bytes:
         return writer.read(shard, offset, size) or tiles.read(shard, offset, size)
 
-    ways = {"block": partial(blocks.assign, tell=tell), "published": published.assign}
-    new, counts = ways.get(config.split.by, places.assign)(
+    ways: dict[str, Callable[..., tuple[pandas.DataFrame, dict[str, int]]]] = {
+        "place": places.assign,
+        "block": partial(blocks.assign, tell=tell),
+        "published": published.assign,
+    }
+    new, counts = ways[config.split.by](
         known,
         rows.filter(fresh).to_pandas(),
         shares={"test": config.split.test, "val": config.split.val},
