@@ -36,7 +36,8 @@ class About(Section):
     masks: how its masks are coded: `auto`, `index` (numbers of classes as they are), `binary`,
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
     masks, height_files: of those that are heights, where folders' names do not say so.
-    vector_class: the attribute of the vectors that is their class.
+    vector_class: the attribute of the vectors that is their class. generated: it shows made-up
+    ground, so that a model trained on it never replaces one trained on real imagery.
     """
 
     sensor: str | None = None
@@ -47,6 +48,7 @@ class About(Section):
     mask_files: list[str] = []
     height_files: list[str] = []
     vector_class: str | None = None
+    generated: bool = False
 
 
 MASK_CODINGS = (

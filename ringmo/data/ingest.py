@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 GENERATED = "generated"
+KINDS = ("masks", "boxes", "heights", "pairs")  # figures that are told where there are any
 FEW, FEW_BYTES = 128, 100e6  # what this process reads alone: others take seconds to start
 
 
@@ -97,9 +98,10 @@ def ingest(config: Config, workspace: Workspace) -> Report:
     f = report.figures
     f["images_per_s"] = round(f["images_found"] / report.seconds, 1)
     state = "nothing new" if f["unchanged"] else f"{f['new_tiles']} new"
+    labels = [f"{f['classes']} classes", *(f"{f[k]} {k}" for k in KINDS if f[k])]
     console.note(
         f"ingest: {f['tiles']} tiles ({state}) of {f['images_found']} images, "
-        f"{f['classes']} classes, {f['set_aside']} set aside, {report.seconds:.1f} s"
+        f"{', '.join(labels)}, {f['set_aside']} set aside, {report.seconds:.1f} s"
     )
     return report
 
@@ -238,6 +240,9 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
             codings=ingest.mask_codings,
             splits=config.split.by == "published",
         )
+        if about.generated or source == GENERATED:
+            for image in listing.images:
+                image.generated = True
         images += listing.images
         other_files += listing.other_files
         report.notes += listing.notes

@@ -113,6 +113,7 @@ class Image:
     sensor: str | None = None
     vector_class: str | None = None
     published: str | None = None
+    generated: bool = False
 
     @property
     def file(self) -> Path:
