@@ -340,7 +340,7 @@ def test_curves_of_pixels_are_those_of_every_pixel() -> None:
         right = (truth == number).numpy()[known]
         scores = probabilities[:, number].numpy()[known]
         exact = reference.average_precision_score(right, scores)
-        assert curves[name].average == pytest.approx(exact, abs=0.01)
+        assert curves[name].average == pytest.approx(exact, abs=0.02)  # of 64 steps
         assert curves[name].recall[-1] == 1
         assert curves[name].precision[-1] == pytest.approx(right.mean())
     # A class that no tile has is no curve; nor is a sure answer lost at either end.
