@@ -487,7 +487,7 @@ def _register(arguments: Arguments) -> int:
 
 
 def _data_versions(arguments: Arguments) -> None:
-    from ringmo.data import versions
+    from ringmo.data import class_facts, versions
 
     _, workspace = _open(arguments)
     rows = versions.versions(workspace)
@@ -497,6 +497,8 @@ def _data_versions(arguments: Arguments) -> None:
             [
                 ", ".join(row[name]) + (" (generated)" if row.get("generated") else "")
                 if name == "sources"
+                else class_facts.said(row["labels"])
+                if name == "labelled" and "labels" in row
                 else row[name]
                 for name in names
             ]

@@ -39,7 +39,8 @@ class About(Section):
     a published coding or one of ingest.mask_codings. mask_files: patterns of the files that are
     masks, height_files: of those that are heights, where folders' names do not say so.
     vector_class: the attribute of the vectors that is their class. licence: what its owner allows,
-    in words for the model's card.
+    in words for the model's card. generated: it shows made-up ground, so that a model trained on it
+    never replaces one trained on real imagery.
     """
 
     sensor: str | None = None
@@ -51,6 +52,7 @@ class About(Section):
     height_files: list[str] = []
     vector_class: str | None = None
     licence: str | None = None
+    generated: bool = False
 
 
 MASK_CODINGS = (
@@ -184,7 +186,7 @@ class Sensor(Section):
 
 
 class Split(Section):
-    by: Literal["place", "block"] = "place"
+    by: Literal["place", "block", "published"] = "place"
     test: float = Field(0.2, gt=0, lt=1)
     val: float = Field(0.1, gt=0, lt=1)
     near_duplicate_bits: int = Field(3, ge=0, le=3)

@@ -15,6 +15,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def labelled(manifest: "pandas.DataFrame") -> dict[str, int]:
+    """How many tiles have labels of each kind that there is: classes, masks, boxes, heights; a
+    change's mask counts as such."""
+    kinds = {
+        "a class": manifest["label"].notna(),
+        "masks": (manifest["mask_size"] > 0) & manifest["second"].isna(),
+        "masks of change": (manifest["mask_size"] > 0) & manifest["second"].notna(),
+        "boxes": manifest["boxes_size"] > 0,
+        "heights": manifest["height_size"] > 0,
+    }
+    counts = {name: int(there.sum()) for name, there in kinds.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def said(labels: Mapping[str, int]) -> str:
+    """What `labelled` counted, in words."""
+    return ", ".join(f"{count:,} with {name}" for name, count in labels.items()) or "none"
+
+
 def summary_of(
     manifest: "pandas.DataFrame | pyarrow.Table", known: Codings | None = None
 ) -> dict[str, Any]:

@@ -27,6 +27,7 @@ JUDGED = {
     *store.NO_LABELS,
 }
 OF_IMAGE = ("source", "source_root", "label", "generated", "second")
+KINDS = {"mask": "mask", "boxes": "boxes", "vectors": "vectors", "height": "heights"}
 # Of a row still on its way: the number of its image, and of its key among the known tiles.
 UNDERWAY = {"image": "int64", "known": "int64"}
 
@@ -439,7 +440,7 @@ class Gatherer:
         }
         for name, values in columns.items():
             rows = store.with_column(rows, name, pa.array(values, pa.string()).take(at))
-        made = np.array([image.root == "generated" for image in self.images], np.bool_)
+        made = np.array([image.generated for image in self.images], np.bool_)
         rows = store.with_column(rows, "generated", pa.array(made[images]))
         return store.with_column(rows, "second", self._seconds(rows, images))
 
@@ -485,6 +486,8 @@ class Gatherer:
     def _scanned(self) -> "pyarrow.Table":
         import pyarrow as pa
 
+        # Labels of a copy are in no row: should it come first one day, it must be read for them.
+        unsettled = [number for number in self._twins if self.images[number].attachments]
         rows = [
             {
                 "folder": self.images[number].folder,
@@ -499,17 +502,26 @@ class Gatherer:
                 "skipped": found.skipped,
             }
             for number, found in self._outcomes.items()
-            if not found.hash.startswith(reading.UNREADABLE)
+            if not found.hash.startswith(reading.UNREADABLE) and number not in unsettled
         ]
-        known = _taken(self.cache.table, self.match[self.usable])
+        usable = np.flatnonzero(self.usable)
+        usable = usable[~np.isin(usable, unsettled)]
+        known = _taken(self.cache.table, self.match[usable])
         schema = store.arrow_schema(scan.COLUMNS)
         new = pa.Table.from_pylist(rows, schema=schema)
         return pa.concat_tables([known.cast(schema), new])
 
 
 def _same(twin: Image, image: Image) -> str:
+    """Why an image is left out, of which the first in the order of the sources stays."""
     if twin.label != image.label:
         return f"same image as {twin.path} under another class"
+    kinds = {one.part for one in image.attachments}
+    if more := kinds - {one.part for one in twin.attachments}:
+        said = " and ".join(sorted(KINDS[part] for part in more))
+        return f"same image as {twin.path}, which lacks its {said}: bring them to that one"
+    if kinds:
+        return f"same image as {twin.path}, whose labels stay"
     return f"same pixels as {twin.path}"
 
 

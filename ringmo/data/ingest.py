@@ -35,6 +35,7 @@ from ringmo.data import (
     codings,
     decisions,
     places,
+    published,
     scan,
     store,
     tables,
@@ -49,9 +50,11 @@ from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
+    import pandas
     import pyarrow
 
 GENERATED = "generated"
+KINDS = ("masks", "boxes", "heights", "pairs")  # figures that are told where there are any
 FEW, FEW_BYTES = 128, 100e6  # what this process reads alone: others take seconds to start
 
 
@@ -95,9 +98,10 @@ def ingest(config: Config, workspace: Workspace) -> Report:
     f = report.figures
     f["images_per_s"] = round(f["images_found"] / report.seconds, 1)
     state = "nothing new" if f["unchanged"] else f"{f['new_tiles']} new"
+    labels = [f"{f['classes']} classes", *(f"{f[k]} {k}" for k in KINDS if f[k])]
     console.note(
         f"ingest: {f['tiles']} tiles ({state}) of {f['images_found']} images, "
-        f"{f['classes']} classes, {f['set_aside']} set aside, {report.seconds:.1f} s"
+        f"{', '.join(labels)}, {f['set_aside']} set aside, {report.seconds:.1f} s"
     )
     return report
 
@@ -155,7 +159,7 @@ def _ingest(config: Config, workspace: Workspace, made: Callable[[], None]) -> R
             report.notes.append(text)
             console.note(f"ingest: {text}")
         fresh = int(gathered.rows["place"].null_count)
-        links = _place(config, root, old, gathered, writer, report)
+        links = _place(config, root, old, gathered, images, writer, report)
         clock("place")
         writer.commit()
     except BaseException:
@@ -234,7 +238,11 @@ def _images(config: Config, workspace: Workspace, report: Report) -> tuple[list[
             *(source, folder, ingest.labels, include, exclude, fetched),
             about=about,
             codings=ingest.mask_codings,
+            splits=config.split.by == "published",
         )
+        if about.generated or source == GENERATED:
+            for image in listing.images:
+                image.generated = True
         images += listing.images
         other_files += listing.other_files
         report.notes += listing.notes
@@ -438,6 +446,7 @@ def _place(
     root: Path,
     old: Old,
     gathered: Gathered,
+    images: list[Image],
     writer: store.ShardWriter,
     report: Report,
 ) -> dict[str, int]:
@@ -445,12 +454,26 @@ def _place(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    def tell(text: str) -> None:
+        report.notes.append(text)
+        console.note(f"ingest: {text}")
+
     rows = gathered.rows.select(PLACED)
     fresh = pc.is_null(rows["place"]).combine_chunks()
+    as_published = config.split.by == "published"
+    if as_published:
+        parts = pa.array([image.published for image in images], pa.string())
+        rows = rows.append_column("published", parts.take(pa.array(gathered.images)))
+        if others := published.decided_otherwise(rows):
+            tell(
+                f"split.by: published: {others} tiles keep the split that was decided before, "
+                f"which is another"
+            )
     if not pc.any(fresh).as_py():
         return {"overlapping": 0, "near_duplicates": 0}
     placed = rows.filter(pc.invert(fresh))
     others = old.known.select(PLACED)
+    placed = placed.select(PLACED)
     elsewhere = pc.and_(
         pc.invert(pc.is_in(others["key"], value_set=placed["key"])), pc.is_valid(others["place"])
     )
@@ -462,12 +485,12 @@ def _place(
     def fetch(shard: str, offset: int, size: int) -> bytes:
         return writer.read(shard, offset, size) or tiles.read(shard, offset, size)
 
-    def tell(text: str) -> None:
-        report.notes.append(text)
-        console.note(f"ingest: {text}")
-
-    in_blocks = partial(blocks.assign, tell=tell)
-    new, counts = (in_blocks if config.split.by == "block" else places.assign)(
+    ways: dict[str, Callable[..., tuple[pandas.DataFrame, dict[str, int]]]] = {
+        "place": places.assign,
+        "block": partial(blocks.assign, tell=tell),
+        "published": published.assign,
+    }
+    new, counts = ways[config.split.by](
         known,
         rows.filter(fresh).to_pandas(),
         shares={"test": config.split.test, "val": config.split.val},

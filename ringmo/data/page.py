@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ringmo.config import Config
-from ringmo.data import footprint_map, heights, store, tables, versions
+from ringmo.data import class_facts, footprint_map, heights, store, tables, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import decode
 from ringmo.data.footprint_map import COLOURS
@@ -108,8 +108,10 @@ def save(out: Path, page: str) -> None:
 
 
 def _head(manifest: "pandas.DataFrame", version: str | None) -> str:
-    labelled, classes = int(manifest["label"].notna().sum()), len(_classes(manifest))
-    labels = f"{labelled:,} labelled, of {classes} classes" if labelled else "none labelled"
+    found = class_facts.labelled(manifest)
+    labels = f"labelled: {class_facts.said(found)}" if found else "none labelled"
+    if classes := len(_classes(manifest)):
+        labels += f"; {classes} classes of tiles"
     places = manifest["place"].nunique()
     made_up = (
         "<p class='made-up'>With generated imagery: it shows that everything works, and says "

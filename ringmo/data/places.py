@@ -99,20 +99,35 @@ def ground(known: "pandas.DataFrame", new: "pandas.DataFrame") -> tuple[Index, i
     """Groups of tiles, known ones first, that share ground or a place, and how many pairs of
     groups overlap.
 
-    The tiles of one scene are of one group, as are the two dates of a change pair, and what
-    several sensors saw of one place: by its footprint, or without coordinates by its name.
+    The tiles of one scene are of one group, also where it was cut otherwise before, as are the
+    two dates of a change pair, and what several sensors saw of one place: by its footprint, or
+    without coordinates by its name.
     """
     import pandas as pd
 
     codes, places = pd.factorize(known["place"])
     scenes = new.groupby(["source_root", "source"], sort=False, dropna=False).ngroup().to_numpy()
     group = np.concatenate([codes, len(places) + scenes]).astype(np.int64)
+    group, _ = join(group, _known_scenes(known, new))
     group, _ = join(group, second_dates(known, new))
     footprints = pd.concat([t[["crs", *SIDES]] for t in (known, new)], ignore_index=True)
     fresh = np.arange(len(footprints)) >= len(known)
     group, overlapping = join(group, overlaps(footprints, fresh))
     group, _ = join(group, _partners(known, new))
     return group, overlapping
+
+
+def _known_scenes(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:
+    """Pairs of rows, known ones counted first, of one scene."""
+    import pandas as pd
+
+    scene = ["source_root", "source"]
+    old = np.flatnonzero(known["source"].isin(new["source"]))
+    both = pd.concat([known[scene].iloc[old], new[scene]], ignore_index=True)
+    codes = both.groupby(scene, sort=False, dropna=False).ngroup().to_numpy().astype(np.int64)
+    codes[~np.isin(codes, codes[len(old) :])] = -1
+    at = np.concatenate([old, len(known) + np.arange(len(new))])
+    return at[stars(codes)]
 
 
 def _partners(known: "pandas.DataFrame", new: "pandas.DataFrame") -> Index:

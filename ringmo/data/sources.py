@@ -96,7 +96,7 @@ class Image:
     root: the source as params.yaml gives it. path: below it, posix. base: as an attachment's.
     mtime_ns: for an object a number that changes with its bytes. second: the path of the image
     of the same ground at a later date, in the same source. masks: how its mask is coded, as
-    `codings` reads it.
+    `codings` reads it. published: the part of its data set, as `published` has it.
     """
 
     root: str
@@ -112,6 +112,8 @@ class Image:
     masks: str = "auto"
     sensor: str | None = None
     vector_class: str | None = None
+    published: str | None = None
+    generated: bool = False
 
     @property
     def file(self) -> Path:
@@ -198,6 +200,7 @@ def list_images(
     fetched: Path = Path(),
     about: "About | None" = None,
     codings: dict[str, Any] | None = None,
+    splits: bool = False,
 ) -> Listing:
     """Images of a source in order of their paths; links are not followed.
 
@@ -212,6 +215,7 @@ def list_images(
             an image that is taken need not fit the first.
         about: what params.yaml says of this source.
         codings: ingest.mask_codings.
+        splits: whether the images' published splits are wanted.
 
     Raises:
         BadInput: no such folder, list or bucket, a list that is no text, no image in it, or
@@ -227,7 +231,10 @@ def list_images(
     gc.disable()
     try:
         return _list(
-            root, source, labels, include, exclude, str(fetched), about or About(), codings or {}
+            *(root, source, labels, include, exclude, str(fetched)),
+            about=about or About(),
+            codings=codings or {},
+            splits=splits,
         )
     finally:
         if collects:
@@ -243,8 +250,9 @@ def _list(
     fetched: str,
     about: "About",
     codings: dict[str, Any],
+    splits: bool,
 ) -> Listing:
-    from ringmo.data import pairing
+    from ringmo.data import pairing, published
 
     name = source.url if isinstance(source, Bucket) else str(source)
     chosen = _chosen(include, exclude)
@@ -297,6 +305,10 @@ def _list(
     elif labels != "auto":
         for image in listing.images:
             image.label = None
+    if splits:
+        notes, lists = published.mark(listing.images, files.beside + files.beside_unwanted, name)
+        listing.notes += notes
+        listing.other_files -= len(lists)
     return listing
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo.config import Config, read_yaml
-from ringmo.data import store
+from ringmo.data import class_facts, store
 from ringmo.errors import BadInput, Unreachable
 from ringmo.stage import REVISIONS
 from ringmo.workspace import Workspace
@@ -80,6 +80,7 @@ def _describe(workspace: Workspace, config: Config, version: str) -> dict[str, A
         "tiles": len(manifest),
         "classes": int(manifest["label"].nunique()),
         "labelled": int(manifest["label"].notna().sum()),
+        "labels": class_facts.labelled(manifest),
         "set_aside": pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
         "sources": list(config.ingest.sources),
         "generated": bool(manifest["generated"].any()),
@@ -108,7 +109,8 @@ def selected_version(workspace: Workspace) -> str | None:
 
 def versions(workspace: Workspace) -> list[dict[str, Any]]:
     """The log of data versions, oldest first: version, manifest (its MD5), time (UTC), tiles,
-    classes, labelled, set_aside, sources, generated. A last line cut by a kill is passed over."""
+    classes, labelled (tiles with a class), labels (tiles by kind of label; later versions have
+    it), set_aside, sources, generated. A last line cut by a kill is passed over."""
     if not workspace.versions_file.exists():
         return []
     rows = []

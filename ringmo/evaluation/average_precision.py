@@ -46,7 +46,7 @@ GRIDS: dict[Style, Floats] = {
 
 
 @dataclass
-class Found:
+class Instances:
     """The answers on a tile, or its true objects. areas in square pixels, (n,)."""
 
     labels: NDArray[np.int64]
@@ -56,7 +56,7 @@ class Found:
 
 
 def evidence(
-    tiles: Sequence[tuple[Found, Found, Floats]], matching: Literal["coco", "voc"]
+    tiles: Sequence[tuple[Instances, Instances, Floats]], matching: Literal["coco", "voc"]
 ) -> Evidence:
     """What average precision needs of tiles: see the module.
 
@@ -88,7 +88,7 @@ def evidence(
 
 
 def outcomes(
-    answers: Found, truth: Found, overlap: Floats, matching: Literal["coco", "voc"]
+    answers: Instances, truth: Instances, overlap: Floats, matching: Literal["coco", "voc"]
 ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Which answers are right, at each size and threshold: see the module.
 

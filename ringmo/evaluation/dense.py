@@ -19,6 +19,7 @@ from ringmo.tasks.base import UNKNOWN, Evidence, Figures
 # Pixels that two boundaries may lie apart, centre to centre, and still be the same one.
 TOLERANCE = 2
 RATIO = 1.25
+SCORES, LOG_ODDS = 64, 10.0
 
 
 def confusion(truth: Tensor, said: Tensor, classes: int) -> Tensor:
@@ -136,6 +137,28 @@ def reliability(confidence: Tensor, right: Tensor, known: Tensor) -> dict[str, T
     }
 
 
+def scores(probabilities: Tensor, truth: Tensor) -> Tensor:
+    """Known pixels of each tile by the score of each class: int64 (B, classes, SCORES, 2).
+
+    Of the pixels with a score all, then those that are of the class. SCORES bins are as wide in
+    log-odds, from -LOG_ODDS to LOG_ODDS: most scores of a trained model are near 0 or 1.
+
+    Args:
+        probabilities: (B, classes, H, W). truth: int64 (B, H, W).
+    """
+    tiles, classes = probabilities.shape[:2]
+    known = (truth != UNKNOWN).flatten()
+    tile = SCORES * torch.arange(tiles, device=truth.device)[:, None, None]
+    counts = []
+    for number in range(classes):  # one at a time, as of boundaries
+        odds = probabilities[:, number].float().logit(eps=1e-6)
+        bins = ((odds / LOG_ODDS + 1) / 2 * SCORES).long().clamp(0, SCORES - 1) + tile
+        chosen = known, known & (truth == number).flatten()
+        each = [bins.flatten()[of].bincount(minlength=tiles * SCORES) for of in chosen]
+        counts.append(torch.stack(each, 1).view(tiles, SCORES, 2))
+    return torch.stack(counts, 1)
+
+
 def heights(truth: Tensor, said: Tensor) -> Evidence:
     """Sums over each tile's pixels with a true height: float64 (tiles,).
 
@@ -162,7 +185,8 @@ def heights(truth: Tensor, said: Tensor) -> Evidence:
 
 
 def mask_evidence(probabilities: Tensor, truth: Tensor) -> Evidence:
-    """What the figures need of each tile's mask: see `confusion`, `boundaries`, `others`.
+    """What the figures need of each tile's mask: see `confusion`, `boundaries`, `others`,
+    `scores`.
 
     Args:
         probabilities: (B, classes, H, W). truth: int64 (B, H, W).
@@ -176,6 +200,7 @@ def mask_evidence(probabilities: Tensor, truth: Tensor) -> Evidence:
     }
     return {
         **{name: each.cpu().numpy() for name, each in counts.items()},
+        "scores_pixels": scores(probabilities, truth).cpu().numpy().astype(np.uint32),
         **others(truth, classes),
     }
 

@@ -314,12 +314,7 @@ def _pictures(
     quality = kind.quality(evidence, classes)
     known = np.flatnonzero(~np.isnan(quality))
     order = known[np.argsort(-quality[known], kind="stable")]
-    middle = max(0, (len(order) - count) // 2)
-    chosen = {
-        "best": order[:count],
-        "typical": order[middle : middle + count],
-        "worst": order[::-1][:count],
-    }
+    chosen = sheets(order, count)
     if "right" in evidence and "confidence" in evidence:
         wrong = np.flatnonzero(~evidence["right"])
         chosen["worst"] = wrong[np.argsort(-evidence["confidence"][wrong], kind="stable")][:count]
@@ -350,6 +345,20 @@ def _pictures(
         pictures.precision_recall(out / "precision_recall.png", curves)
     if (found := calibration.reliability(evidence)) is not None:
         pictures.reliability(out / "reliability.png", found)
+
+
+def sheets(order: NDArray[np.int64], count: int) -> dict[str, NDArray[np.int64]]:
+    """The tiles on each sheet, of tiles from the best to the worst, at most so many.
+
+    Of fewer tiles than two sheets hold, each half is on one: no tile is among the best and the
+    worst.
+    """
+    middle, better = max(0, (len(order) - count) // 2), (len(order) + 1) // 2
+    return {
+        "best": order[: min(count, better)],
+        "typical": order[middle : middle + count],
+        "worst": order[better:][::-1][:count],
+    }
 
 
 def _scenes(
@@ -421,6 +430,11 @@ def _curves(evidence: Evidence, classes: Sequence[str]) -> Iterator[tuple[str, C
             if evidence["truth"][:, i].any():
                 scores, true = evidence["scores"][:, i], evidence["truth"][:, i]
                 yield classes[i], _curve(scores, true, int(true.sum()))
+    if "scores_pixels" in evidence:
+        pixels = evidence["scores_pixels"].sum(0, dtype=np.int64)
+        for i, (every, right) in enumerate(pixels.transpose(0, 2, 1)):
+            if right.any():
+                yield classes[i], _binned_curve(every, right)
     if "object_outcome" in evidence:
         outcome, score = evidence["object_outcome"][:, 0, 0], evidence["object_score"]
         for i in np.unique(evidence["object_class"]):
@@ -445,6 +459,18 @@ def _curve(scores: NDArray[Any], right: NDArray[Any], there: int, falling: bool 
     recall, precision = hits[last] / there, precision[last]
     if falling:
         precision = np.maximum.accumulate(precision[::-1])[::-1]
+    steps = np.diff(recall, prepend=0.0)
+    return Curve(recall, precision, float((steps * precision).sum()))
+
+
+def _binned_curve(every: NDArray[np.int64], right: NDArray[np.int64]) -> Curve:
+    """Precision over recall of answers counted by score, all and those that are right: (bins,).
+
+    Answers in one bin count as equally sure.
+    """
+    filled = np.flatnonzero(every)[::-1]
+    hits, answers = np.cumsum(right[filled]), np.cumsum(every[filled])
+    recall, precision = hits / right.sum(), hits / answers
     steps = np.diff(recall, prepend=0.0)
     return Curve(recall, precision, float((steps * precision).sum()))
 

@@ -80,7 +80,7 @@ def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: A
         features.append(
             {
                 "type": "Feature",
-                "geometry": {"type": "Polygon", "coordinates": [[*points, points[0]]]},
+                "geometry": {"type": "Polygon", "coordinates": [_ring(points)]},
                 "properties": {
                     "class": box["class"],
                     "score": round(float(box["score"]), 4),
@@ -93,14 +93,34 @@ def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: A
     temporary.replace(path)
 
 
+def _ring(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners as an exterior ring: closed, and counter-clockwise, as RFC 7946 has it."""
+    first = points[0][0]
+    # Of a box across 180 degrees the longitudes jump.
+    xs = [(x - first + 180) % 360 - 180 if abs(x - first) > 180 else x - first for x, _ in points]
+    ys = [y for _, y in points]
+    following = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+    twice = sum(x * further - beyond * y for x, y, beyond, further in following)
+    around = points if twice >= 0 else points[::-1]
+    return [*around, around[0]]
+
+
 def summed_up(told: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """The answer in a few words and numbers: `said`, and shares, counts or metres by name."""
+    """The answer in a few words and numbers: `said`, and shares, counts or metres by name.
+
+    Of boxes `objects` counts by class those with a score of SURE or more, `boxes` all.
+    """
     if "boxes" in told:
+        from ringmo.tasks.objects import SURE
+
         counts: dict[str, int] = {}
         for box in told["boxes"]:
-            counts[box["class"]] = counts.get(box["class"], 0) + 1
+            if box["score"] >= SURE:
+                counts[box["class"]] = counts.get(box["class"], 0) + 1
         said = ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "no objects"
-        return {"said": said, "objects": counts}
+        rest = len(told["boxes"]) - sum(counts.values())
+        said += f" (score from {SURE}" + (f"; {rest} more below)" if rest else ")")
+        return {"said": said, "objects": counts, "boxes": len(told["boxes"])}
     if "mask" in told:
         pixels = np.bincount(told["mask"].ravel(), minlength=len(classes))[: len(classes)]
         shares = {

@@ -160,12 +160,12 @@ class ObjectTask(Task):
         tiles = []
         for found, objects in zip(answer, sample.objects, strict=True):
             true = self.true(objects, found.size)
-            ours = average_precision.Found(
+            ours = average_precision.Instances(
                 found.labels.cpu().numpy(),
                 self.areas(found.corners).double().cpu().numpy(),
                 found.scores.double().cpu().numpy(),
             )
-            theirs = average_precision.Found(
+            theirs = average_precision.Instances(
                 true.labels.cpu().numpy(),
                 self.areas(true.corners).double().cpu().numpy(),
                 difficult=true.difficult.cpu().numpy(),

@@ -221,3 +221,59 @@ def test_dates_of_other_sizes_or_places_are_no_pair(run, workspace, manifest, tm
     geotiff(source / "B" / "0.tif", 500, 0, 5e6)
     report = run(source, ingest__max_bad_share=0.5, ingest__tile_size=64)
     assert "A/0.tif" not in reasons(workspace) and report.figures["pairs"] == 6
+
+
+def test_made_up_ground_of_ones_own_is_generated(run, workspace, manifest, tmp_path):
+    for i in range(3):
+        write(tmp_path / "real" / f"{i}.png", i, "PNG")
+        write(tmp_path / "made" / f"{i}.png", 100 + i, "PNG")
+    sources = tmp_path / "real", tmp_path / "made"
+    assert not run(*sources).figures["generated"]
+    assert run(*sources, ingest__about={str(sources[1]): {"generated": True}}).figures["generated"]
+    rows = manifest()
+    assert rows.groupby("source_root")["generated"].agg(set).to_dict() == {
+        str(sources[0]): {False},
+        str(sources[1]): {True},
+    }
+    # What is said is not read: nothing was written anew.
+    assert set(rows["ingest"]) == {1}
+
+
+def test_labels_that_only_a_later_copy_has_are_told_of(run, workspace, manifest, tmp_path):
+    import pandas as pd
+    from PIL import Image as Picture
+
+    for i in range(3):
+        write(tmp_path / "plain" / f"{i}.png", i, "PNG")
+        write(tmp_path / "masked" / "images" / f"{i}.png", i, "PNG")
+        mask = tmp_path / "masked" / "masks" / f"{i}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Picture.fromarray(np.eye(40, 48, dtype=np.uint8)).save(mask)
+    about = {str(tmp_path / "masked"): {"layout": "masks", "masks": "binary"}}
+    plain, masked = tmp_path / "plain", tmp_path / "masked"
+    params = {"ingest__about": about, "ingest__max_bad_share": 1.0}
+    run(plain, masked, **params)
+    reasons = pd.read_parquet(workspace.store / "quarantine.parquet")["reason"]
+    assert set(reasons) == {
+        f"same image as {i}.png, which lacks its mask: bring them to that one" for i in range(3)
+    }
+    # The source with the labels first keeps them.
+    run(masked, plain, **params)
+    assert manifest()["mask_shard"].notna().sum() == 3
+
+
+def test_what_labels_there_are_is_told_by_kind(run, workspace, manifest, tmp_path):
+    from ringmo.data import class_facts
+
+    for i in range(4):
+        write(tmp_path / "in" / "images" / f"{i}.png", i, "PNG")
+        mask = tmp_path / "in" / "masks" / f"{i}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        if i:
+            from PIL import Image as Picture
+
+            Picture.fromarray(np.eye(40, 48, dtype=np.uint8)).save(mask)
+    run(tmp_path / "in")
+    found = class_facts.labelled(manifest())
+    assert found == {"masks": 3} and class_facts.said(found) == "3 with masks"
+    assert class_facts.said({}) == "none"

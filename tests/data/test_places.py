@@ -299,7 +299,7 @@ def one_by_one(known: list[Any], rows: list[Any], bits: int) -> tuple[list[Any],
     pairs = [(i, j) for j in range(len(every)) for i in range(j)]
     for i, j in pairs:
         a, b = every[i], every[j]
-        scene = i >= first and a["source"] == b["source"]
+        scene = j >= first and a["source"] == b["source"]
         dates = a["second"] == b["key"] or b["second"] == a["key"]
         if scene or dates or (j < first and a["place"] == b["place"]):
             join(i, j)

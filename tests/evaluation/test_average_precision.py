@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from ringmo.evaluation import average_precision as ap
-from ringmo.evaluation.average_precision import Found
+from ringmo.evaluation.average_precision import Instances
 from ringmo.models import rotated
 from ringmo.tasks.base import Evidence, joined
 
-Tile = tuple[Found, Found, NDArray[np.float64]]
+Tile = tuple[Instances, Instances, NDArray[np.float64]]
 
 
 def boxes_tile(
@@ -29,8 +29,8 @@ def boxes_tile(
         return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
     overlap = box_iou(torch.from_numpy(answers), torch.from_numpy(truth)).numpy()
-    ours = Found(labels, areas(answers), scores)
-    return ours, Found(true_labels, areas(truth), difficult=difficult), overlap
+    ours = Instances(labels, areas(answers), scores)
+    return ours, Instances(true_labels, areas(truth), difficult=difficult), overlap
 
 
 def random_tiles(count: int, classes: int, seed: int = 0, answers: float = 1.5) -> list[Tile]:
@@ -204,7 +204,9 @@ def test_rotated_overlap_decides_by_hand() -> None:
     )
     overlap = rotated.pairwise_iou(turned, square).numpy().astype(np.float64)
     label, area = np.zeros(1, np.int64), np.array([400.0])
-    ours, _ = ap.outcomes(Found(label, area, np.ones(1)), Found(label, area), overlap, "voc")
+    ours, _ = ap.outcomes(
+        Instances(label, area, np.ones(1)), Instances(label, area), overlap, "voc"
+    )
     assert ours[0, 0].tolist() == [1] * 5 + [0] * 5
 
 

@@ -8,16 +8,18 @@ import made_store
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from sklearn import metrics as reference
+from torch.nn.functional import one_hot
 
 from ringmo import config
 from ringmo.config import Config
 from ringmo.data.ingest import ingest
 from ringmo.data.selection import select
 from ringmo.errors import BadInput
-from ringmo.evaluation import average_precision
-from ringmo.evaluation.average_precision import Found
+from ringmo.evaluation import average_precision, dense
+from ringmo.evaluation.average_precision import Instances
 from ringmo.evaluation.evaluate import (
     _curve,
     _curves,
@@ -25,10 +27,12 @@ from ringmo.evaluation.evaluate import (
     evaluate,
     gsd_band,
     score,
+    sheets,
 )
 from ringmo.registry import bundle
 from ringmo.stage import Report, run_stage
 from ringmo.tasks import find
+from ringmo.tasks.base import UNKNOWN, joined
 from ringmo.training.finetune import finetune
 from ringmo.training.pretrain import pretrain
 
@@ -265,8 +269,10 @@ def test_curves_of_objects_have_the_task_s_average_precision() -> None:
     random = np.random.default_rng(0)
     tiles = []
     for _ in range(12):
-        truth = Found(random.integers(0, 2, 4), np.full(4, 900.0), difficult=random.random(4) < 0.2)
-        found = Found(random.integers(0, 2, 6), np.full(6, 900.0), random.random(6))
+        truth = Instances(
+            random.integers(0, 2, 4), np.full(4, 900.0), difficult=random.random(4) < 0.2
+        )
+        found = Instances(random.integers(0, 2, 6), np.full(6, 900.0), random.random(6))
         tiles.append((found, truth, np.where(random.random((6, 4)) < 0.5, 0.8, 0.0)))
     evidence = average_precision.evidence(tiles, "voc")
     curves = dict(_curves(evidence, ["tank", "ship"]))
@@ -275,7 +281,7 @@ def test_curves_of_objects_have_the_task_s_average_precision() -> None:
     for row in rows:
         assert 0.05 < curves[row["class"]].average == pytest.approx(row["ap50"], abs=1e-6)
     hidden = average_precision.evidence(
-        [(Found(*[np.zeros(0, int)] * 3), tiles[0][1], np.zeros((0, 4)))], "voc"
+        [(Instances(*[np.zeros(0, int)] * 3), tiles[0][1], np.zeros((0, 4)))], "voc"
     )
     assert all(not len(curve.recall) for curve in dict(_curves(hidden, ["tank", "ship"])).values())
 
@@ -308,3 +314,37 @@ def test_real_scenes_are_told_apart_surely_better_than_without_looking(
     # Tiles seen from above, turned in training: turning them changes little.
     for turn in ("mirrored", "turned_90", "turned_180", "turned_270"):
         assert abs(figures[f"drop_{turn}"]) <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("tiles", "best", "worst"), [(0, 0, 0), (1, 1, 0), (7, 4, 3), (60, 24, 24)]
+)
+def test_no_tile_is_among_the_best_and_the_worst(tiles: int, best: int, worst: int) -> None:
+    found = sheets(np.arange(tiles), 24)
+    assert found["best"].tolist() == list(range(best))
+    assert found["worst"].tolist() == list(range(tiles - 1, tiles - 1 - worst, -1))
+    assert len(found["typical"]) == min(tiles, 24)
+
+
+def test_curves_of_pixels_are_those_of_every_pixel() -> None:
+    torch.manual_seed(0)
+    truth = torch.randint(0, 3, (4, 20, 20))
+    logits = 2 * torch.randn(4, 3, 20, 20) + 2 * one_hot(truth, 3).permute(0, 3, 1, 2)
+    truth[:, :4] = UNKNOWN
+    probabilities = logits.softmax(1)
+    parts = [dense.mask_evidence(probabilities[i : i + 2], truth[i : i + 2]) for i in (0, 2)]
+    evidence = joined(parts)
+    assert evidence["scores_pixels"].shape == (4, 3, dense.SCORES, 2)
+    curves = dict(_curves(evidence, ["a", "b", "c"]))
+    known = (truth != UNKNOWN).numpy()
+    for number, name in enumerate(("a", "b", "c")):
+        right = (truth == number).numpy()[known]
+        scores = probabilities[:, number].numpy()[known]
+        exact = reference.average_precision_score(right, scores)
+        assert curves[name].average == pytest.approx(exact, abs=0.02)  # of 64 steps
+        assert curves[name].recall[-1] == 1
+        assert curves[name].precision[-1] == pytest.approx(right.mean())
+    # A class that no tile has is no curve; nor is a sure answer lost at either end.
+    none = dense.mask_evidence(torch.eye(2)[:, :, None, None], torch.zeros(2, 1, 1).long())
+    assert list(dict(_curves(none, ["a", "b"]))) == ["a"]
+    assert none["scores_pixels"][..., 0].sum() == 4

@@ -56,7 +56,11 @@ def prepared(workspace: Any, task: str, *folders: Path) -> Config:
 @pytest.mark.parametrize(
     ("task", "write", "own"),
     [
-        ("segmentation", ground.write_masks, {"confusion.png", "reliability.png"}),
+        (
+            "segmentation",
+            ground.write_masks,
+            {"confusion.png", "precision_recall.png", "reliability.png"},
+        ),
         ("height", ground.write_heights, set()),
     ],
 )

@@ -1,5 +1,6 @@
 """Images in, labels out; what is no image is set aside with its reason."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,40 @@ def test_a_registry_out_of_reach_is_said_so(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(Unreachable):
         predict(workspace, [str(images)], "scene@champion")
+
+
+@pytest.mark.parametrize("crs", [None, "EPSG:32631", "EPSG:32601"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_rings_of_boxes_run_counter_clockwise(tmp_path: Path, crs: Any, mirrored: bool) -> None:
+    import shapely
+    from rasterio.transform import from_origin
+
+    from ringmo.inference.answers import _write_boxes
+
+    points = [[10.0, 20.0], [30.0, 25.0], [28.0, 40.0], [8.0, 35.0]]
+    box = {"class": "ship", "score": 0.9, "points": points[::-1] if mirrored else points}
+    # At the western edge of zone 1 the longitudes go from 180 to -180.
+    place = None if crs is None else from_origin(301_500, 6e6, 100, 100)
+    path = tmp_path / "boxes.geojson"
+    _write_boxes(path, [box], crs, place)
+    [feature] = json.loads(path.read_text())["features"]
+    [ring] = feature["geometry"]["coordinates"]
+    assert ring[0] == ring[-1] and len(ring) == 5
+    if crs == "EPSG:32601":
+        assert {x > 0 for x, _ in ring} == {True, False}
+        ring = [(x % 360, y) for x, y in ring]
+    polygon = shapely.Polygon(ring)
+    assert polygon.is_valid and polygon.exterior.is_ccw
+
+
+def test_objects_are_counted_from_a_score_of_one_half() -> None:
+    from ringmo.inference.answers import summed_up
+
+    def box(name: str, score: float) -> dict[str, Any]:
+        return {"class": name, "score": score, "points": []}
+
+    boxes = [box("ship", 0.9), box("ship", 0.5), box("tank", 0.7), box("tank", 0.06)]
+    told = summed_up({"boxes": boxes}, ["ship", "tank"])
+    assert told["objects"] == {"ship": 2, "tank": 1} and told["boxes"] == 4
+    assert told["said"] == "2 ship, 1 tank (score from 0.5; 1 more below)"
+    assert summed_up({"boxes": boxes[3:]}, [])["said"].startswith("no objects (score from 0.5; 1")

@@ -61,7 +61,7 @@ def found(workspace: Any, task: str, image: Path) -> list[dict[str, Any]]:
     for feature in said["features"]:
         [ring] = feature["geometry"]["coordinates"]
         assert len(ring) == 5 and ring[0] == ring[-1]
-    assert sum(answer["objects"].values()) == len(said["features"])
+    assert answer["boxes"] == len(said["features"]) >= sum(answer["objects"].values())
     features: list[dict[str, Any]] = said["features"]
     return features
 
