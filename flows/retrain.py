@@ -7,8 +7,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows import approval
 from flows.stages import StageFailed, as_task, command, execute, together
-from ringmo import chain
+from ringmo import chain, console
 from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.registry import forward
@@ -117,11 +118,16 @@ def _promoted(
 
 
 def _put_forward(config: Config, place: Workspace, ref: str, reasons: list[str]) -> str | None:
-    """What happens to a version that passed its gate, once: it becomes champion.
+    """What happens to a version that passed its gate, once: it becomes champion, or a person is
+    asked (promotion.approval).
 
     Returns:
         Why it did not.
     """
+    if config.promotion.approval == "person":
+        page = approval.ask(place, ref, reasons)
+        console.note(f"{ref} waits for a person: {page or 'ringmo promote ' + ref}")
+        return None
     name = f"promote@{ref.partition('/')[0]}"
     arguments = ["promote", ref, "--by", "gate", "--reason", "; ".join(reasons)]
     return _refused(config, place, name, "The better model in production", arguments)

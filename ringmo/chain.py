@@ -138,11 +138,12 @@ def _selected(workspace: Workspace) -> list[dict[str, Any]]:
 def register(
     config: Config, workspace: Workspace, task: str, flow_run: str | None = None
 ) -> Report:
-    """Register a model and judge it by its gate, which promotes nothing. Done twice is done once.
+    """Register a model, judge it by its gate, which promotes nothing, and attach its card.
 
+    Done twice is done once.
     The encoder that a task's model stands on is registered before it.
     """
-    from ringmo.registry import gate, register
+    from ringmo.registry import card, gate, register
     from ringmo.registry.tracker import Tracker
 
     started = time.monotonic()
@@ -152,6 +153,7 @@ def register(
         register.register(config, workspace, register.ENCODER, tags)
     version = register.register(config, workspace, task, tags)
     verdict = gate.gate(config, workspace, task, version)
+    card.attach(workspace, version)
     judged = tracker.version(task, version.version) or version
     against = judged.tags.get("verdict_against", "none")
     champion = next((v for v in tracker.versions(task) if str(v) == against), None)
