@@ -14,6 +14,7 @@ from tiny import TINY
 from ringmo import chain, config
 from ringmo.config import Config
 from ringmo.data import versions
+from ringmo.registry import promotion
 from ringmo.workspace import Workspace, init
 
 
@@ -41,9 +42,17 @@ def registered_chain(folder: Path, database: Path, **values: Any) -> Workspace:
     versions.add_store(workspace, settings)
     taught(settings, workspace, "scene")
     recorded(workspace)
-    report = chain.register(settings, workspace, "scene", flow_run="f7")
-    assert report.ok
+    first_champions(settings, workspace)
     return workspace
+
+
+def first_champions(settings: Config, workspace: Workspace) -> None:
+    """Register, judge and promote the encoder and each task's model, as the chain does."""
+    for model in chain.ends(settings, workspace):
+        assert chain.register(settings, workspace, model, flow_run="f7").ok
+        waits = chain.passed(workspace, model)
+        assert waits is not None
+        promotion.promote(workspace, model, 1, by="gate", reason="; ".join(waits[1]))
 
 
 def recorded(workspace: Workspace) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from registered_chain import first_champions
 from stages import prepared, taught
 from tiny import TINY
 
-from ringmo import chain, config
+from ringmo import config
 from ringmo.cli import main
 from ringmo.config import Config
 from ringmo.errors import BadInput
@@ -91,7 +92,7 @@ def gone(tmp_path_factory: pytest.TempPathFactory, fresh_database: Path, one_thr
     prepared(values, made)
     for task in values.tasks:
         taught(values, made, task)
-        chain.register(values, made, task)
+    first_champions(values, made)
     for name in ("work", "data"):
         shutil.rmtree(made.root / name)
     config.edit(made.params_file, {"ingest.about": {}, "card.contact": None})

@@ -220,7 +220,7 @@ def test_equal_encoders_are_not_refused_for_many_sets() -> None:
         singly += all(
             np.quantile(values[1:], 0.05) >= -0.03 for name, values in drawn.items() if name
         )
-    assert passed >= 10 and singly == 0, (passed, singly)
+    assert passed >= 8 and singly == 0, (passed, singly)
 
 
 def test_one_set_given_up_for_the_others_is_refused() -> None:
