@@ -1,11 +1,11 @@
 """An interrupted registration leaves a whole version or none, and can be done again."""
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import die_at, start
 
 from ringmo.config import Config
 from ringmo.errors import Unreachable
@@ -18,8 +18,6 @@ pytestmark = pytest.mark.slow
 
 def _register(root: Path, moment: int | None = None) -> None:
     if moment is not None:
-        from faults import die_at
-
         die_at(moment)
     workspace = Workspace(root)
     register(Config.load(workspace.params_file), workspace, "scene", {"flow_run": "f7"})
@@ -29,14 +27,10 @@ def test_killed_at_any_call_it_leaves_whole_versions_only(
     tracked: Workspace, make_model: Any
 ) -> None:
     """SIGKILL before and after each call that writes, one after the other."""
-    context = multiprocessing.get_context("forkserver")
-    names = ("mlflow.artifacts", "torch", "ringmo.registry.promotion", "ringmo.models.classifier")
-    context.set_forkserver_preload([*names, "ringmo.registry.register", "sqlalchemy"])
     moment = 0
     while True:
         make_model(moment)
-        process = context.Process(target=_register, args=(tracked.root, moment))
-        process.start()
+        process = start(_register, tracked.root, moment)
         process.join()
         if process.exitcode == 0:
             break

@@ -1,12 +1,12 @@
 """A model enters the registry once, whole, and with all that its lineage needs."""
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import start
 
 from ringmo.config import Config
 from ringmo.errors import BadInput, Unreachable
@@ -128,27 +128,20 @@ def test_killed_at_any_moment_it_leaves_whole_versions_only(
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     moments = random.Random(seed)
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(
-        ["mlflow", "torch", "ringmo.registry.register", "ringmo.models.classifier"]
-    )
     make_model(1000)
     begun = time.monotonic()
-    whole = start.Process(target=_register, args=(tracked.root,))
-    whole.start()
+    whole = start(_register, tracked.root)
     whole.join()
     assert whole.exitcode == 0
     begun = time.monotonic()
     make_model(1001)
-    second = start.Process(target=_register, args=(tracked.root,))
-    second.start()
+    second = start(_register, tracked.root)
     second.join()
     takes = time.monotonic() - begun
     killed = 0
     for i in range(8):
         make_model(i)
-        process = start.Process(target=_register, args=(tracked.root,))
-        process.start()
+        process = start(_register, tracked.root)
         process.join(moments.uniform(0.2, 1.0) * takes)
         process.kill()
         process.join()

@@ -373,7 +373,7 @@ def test_the_local_server_and_its_sqlite_file_show_the_same_runs(
 ) -> None:
     """With the server of `ringmo up` gone, the file goes on, and the run is the same one."""
     (workspace.state).mkdir(exist_ok=True)
-    (workspace.state / "mlflow").symlink_to(server.folder)
+    (workspace.state / "mlflow").symlink_to(tmp_path / "server")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     services = workspace.state / "services.json"
     services.write_text(json.dumps({"mlflow": {"url": server.url, "pid": server.process.pid}}))
