@@ -32,8 +32,8 @@ from ringmo.registry import origins, register, seen
 from ringmo.registry.listing import resolve
 from ringmo.registry.origins import ENCODER, STORE, Origins
 from ringmo.registry.tracker import Tracker, Version, claim
-from ringmo.stage import REVISIONS, write_json
-from ringmo.workspace import DVC_CONFIG, Workspace
+from ringmo.stage import REVISIONS, whole_folder, write_json
+from ringmo.workspace import CHAMPION, DVC_CONFIG, Workspace
 
 NEEDED = ("dvc.lock", "dvc.yaml", "params.yaml", "revisions.yaml")
 MARK = "reproduces.json"  # in the folder's .ringmo: what it is for
@@ -139,8 +139,9 @@ def _claimed(root: Path, version: Version) -> Path:
 
 def _prepare(workspace: Workspace, tracker: Tracker, plan: _Plan) -> None:
     place, kept = plan.place, plan.kept
-    for name in NEEDED[1:]:
-        if not (place.root / name).exists():
+    for name in (*NEEDED[1:], CHAMPION):
+        # Versions from before there was a champion.yaml need none.
+        if not (place.root / name).exists() and (kept.folder / name).is_file():
             shutil.copyfile(kept.folder / name, place.root / name)
     (place.root / ".dvc").mkdir(exist_ok=True)
     if not (place.root / ".dvc" / "config").exists():
@@ -153,6 +154,8 @@ def _prepare(workspace: Workspace, tracker: Tracker, plan: _Plan) -> None:
     _initial_weights(workspace, tracker, plan, values)
     if values.pretrain.refresh == "keep":
         _kept_selection(tracker, plan)
+    elif values.pretrain.refresh == "champion":
+        _taken_encoder(tracker, plan)
 
 
 def _stages(plan: _Plan) -> None:
@@ -318,6 +321,24 @@ def _kept_selection(tracker: Tracker, plan: _Plan) -> None:
             "std": described["std"],
         }
     write_json(state / KEPT_NORMALISATION, known)
+
+
+def _taken_encoder(tracker: Tracker, plan: _Plan) -> None:
+    """refresh: champion. An encoder that was there already took the place of a training."""
+    wanted = str((plan.kept.yaml(CHAMPION) or {}).get("encoder"))
+    taken = next((v for v in tracker.versions(ENCODER) if v.bundle_hash == wanted), None)
+    if taken is None:
+        plan.lacks(f"encoder {wanted[:12]}, which {CHAMPION} names: not registered")
+        return
+    folder = plan.place.state / "bundles" / wanted
+    if not folder.is_dir():
+        try:
+            source = tracker.bundle_folder(taken)
+        except BadInput as error:
+            plan.lacks(str(error))
+            return
+        with whole_folder(folder) as filling:
+            shutil.copytree(source, filling, dirs_exist_ok=True)
 
 
 def _link(source: Path, target: Path) -> bool:
