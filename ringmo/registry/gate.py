@@ -63,6 +63,8 @@ class Verdict:
 def gate(config: Config, workspace: Workspace, task: str, version: Version) -> Verdict:
     """Judge a version against the champion, and write the verdict on it as tags.
 
+    The champion keeps the verdict that it was promoted by.
+
     Raises:
         BadInput: the candidate's own bundle cannot be used, or there are no test tiles.
         Unreachable: MLflow does not answer.
@@ -71,6 +73,8 @@ def gate(config: Config, workspace: Workspace, task: str, version: Version) -> V
     tracker = Tracker(workspace)
     champion = tracker.aliased(task, "champion")
     verdict = _judge(config, workspace, tracker, task, version, champion)
+    if champion is not None and champion.version == version.version and "verdict" in champion.tags:
+        return verdict
     tracker.tag_version(
         version,
         {

@@ -40,6 +40,7 @@ is absent where there is nothing to go back to. Versions deleted from the regist
 import contextlib
 import hashlib
 import json
+import textwrap
 import time
 import uuid
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ def history_text(rows: list[dict[str, Any]]) -> str:
         told = ("model", "number", "when"), ("from", "to", "who", "why")
         first, last = ([row[name] or "-" for name in names] for names in told)
         record = "intact" if row["intact"] else "BROKEN"
+        last[-1] = textwrap.shorten(str(last[-1]), 60, placeholder=" …")  # whole with --json
         return [*first, what, *last, words.get(row["status"], row["status"]), record]
 
     names = ("model", "no.", "when", "what", "from", "to", "who", "why", "state", "record")

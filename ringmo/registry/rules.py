@@ -216,11 +216,12 @@ def turning(rule: Gate, kind: Task, drops: Mapping[str, Interval], name: str) ->
     worst = max(drops, key=lambda change: np.nan_to_num(drops[change].low, nan=-np.inf))
     drop = drops[worst]
     ok = not drop.low > rule.max_turn_drop
-    how = f"costs {name} {points(drop.value)} of {kind.metric}"
+    turned = f"{worst}°" if worst.startswith("turned") else worst
+    said = f"tiles {turned} cost {name} {points(drop.value)} of {kind.metric}"
     if np.isnan(drop.low):
-        said = f"that its image is {worst} {how}; how sure that is cannot be told"
+        said += "; how sure that is cannot be told"
     else:
-        said = f"that its image is {worst} {how}, at least {points(drop.low)} (95 % interval)"
+        said += f", at least {points(drop.low)} (95 % interval)"
     limit = f"{points(rule.max_turn_drop)} are allowed (gate.{kind.name}.max_turn_drop)"
     return check(
         "max_turn_drop",
