@@ -33,6 +33,7 @@ VERBS = {
     "rollback": {"--by", "--reason"},
     "lineage": {"--of", "--html", "--verify", "--deep"},
     "reproduce": {"--to"},
+    "card": {"--out"},
     "predict": {"--model", "--top", "--out", "--with"},
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
