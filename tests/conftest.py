@@ -1,6 +1,7 @@
 """Workspaces of their own for tests, and nothing that reaches outside the machine."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 from real import REAL
 from tiny import TINY
+
+# Started in the background a shell lets Ctrl-C be ignored, by us and by all we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports them: no telemetry, and no state in the home folder.
 os.environ.update(
