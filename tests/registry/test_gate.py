@@ -289,25 +289,3 @@ def test_the_age_of_data_is_that_of_its_version(workspace: Workspace) -> None:
     assert gate_module.data_age_days(workspace, "ab") == pytest.approx(40, abs=0.01)
     assert gate_module.data_age_days(workspace, "cd") is None
     assert gate_module.data_age_days(workspace, None) is None
-
-
-def test_an_encoder_follows_the_task_model_built_on_it(
-    tracked: Workspace, config: Config, make_model: Any
-) -> None:
-    make_model(1, kind="encoder")
-    first = register(config, tracked, "encoder", {})
-    assert gate(config, tracked, "encoder", first).ok
-    promotion.promote(tracked, "encoder", by="gate", reason="first")
-    make_model(2, kind="encoder")
-    second = register(config, tracked, "encoder", {})
-    # Nobody to follow: without labels the newest stands.
-    assert gate(config, tracked, "encoder", second).ok
-    make_model(3, encoder_hash=first.bundle_hash)
-    register(config, tracked, "scene", {"verdict": "passed"})
-    promotion.promote(tracked, "scene", by="gate", reason="better")
-    assert not gate(config, tracked, "encoder", second).ok
-    make_model(4, encoder_hash=second.bundle_hash)
-    register(config, tracked, "scene", {"verdict": "passed"})
-    promotion.promote(tracked, "scene", by="gate", reason="better")
-    verdict = gate(config, tracked, "encoder", second)
-    assert verdict.ok and "scene/2" in verdict.reasons[0]
