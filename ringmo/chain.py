@@ -473,6 +473,7 @@ def summary(
             "promoted": not cached.get(f"promote@{task}", True)
             and champion is not None
             and made.get("model") == f"{task}/{champion['version']}",
+            "waits": config.promotion.approval == "person" and passed(workspace, task) is not None,
         }
     everything_cached = all(cached.values()) if cached else False
     result["outcome"] = "Refused" if refused else "Unchanged" if everything_cached else "Completed"
@@ -516,6 +517,9 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             )
             if figures["champion"] and standing != "champion":
                 rows.append(("  in production", f"{figures['champion']} (champion)"))
+            if figures.get("waits"):
+                yes = f"{result.get('command', 'ringmo')} promote {figures['model']} --by NAME"
+                rows.append(("  waits for a yes", f"in Prefect, or `{yes}`"))
             rows += [("", f"  {reason}") for reason in figures.get("verdict_reasons", [])]
         if task in result["failed"]:
             rows.append((f"Model, {task}", f"REFUSED: {result['failed'][task]}"))
