@@ -16,7 +16,6 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
@@ -25,6 +24,7 @@ from prefect.states import Completed, Scheduled
 from prefect.types.entrypoint import EntrypointType
 from pydantic import Field
 
+from flows import pool
 from ringmo import services
 from ringmo.config import Config, digest
 from ringmo.environment import TRACKING_URI
@@ -71,10 +71,7 @@ def ask(workspace: Workspace, ref: str, reasons: list[str]) -> str | None:
     services.up(config, workspace, worker=True)
     place = {"working_dir": str(workspace.root), "env": _told_to_worker()}
     with get_client(sync_client=True) as client:
-        try:
-            client.read_work_pool(WORK_POOL)
-        except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
+        pool.ensure(client)
         asked = _open_runs(client, tag)
         waiting = [run for run in asked if run.parameters.get("ref")]
         if not waiting:

@@ -3,15 +3,13 @@
 from typing import Any
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
+from flows import pool
 from flows.retrain import retrain
 from ringmo.config import Config
 from ringmo.errors import BadInput
-from ringmo.services import WORK_POOL
 from ringmo.workspace import Workspace
 
 
@@ -29,16 +27,12 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
         except ValueError as error:
             raise BadInput(f"schedule.retrain: {config.schedule.retrain!r}: {error}") from None
     with get_client(sync_client=True) as client:
-        try:
-            client.read_work_pool(WORK_POOL)
-        except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
         name = workspace.root.name
         made: Any = retrain.to_deployment(
             name=name,
             schedules=schedules,
             parameters={"workspace": str(workspace.root), "reason": "schedule"},
-            work_pool_name=WORK_POOL,
+            work_pool_name=pool.ensure(client),
             # One retraining at a time in a workspace; a second one waits.
             concurrency_limit=1,
             entrypoint_type=EntrypointType.MODULE_PATH,

@@ -140,8 +140,7 @@ def register(
 ) -> Report:
     """Register a model, judge it by its gate, which promotes nothing, and attach its card.
 
-    Done twice is done once.
-    The encoder that a task's model stands on is registered before it.
+    Done twice is done once. The encoder that a task's model stands on is registered before it.
     """
     from ringmo.registry import card, gate, register
     from ringmo.registry.tracker import Tracker
@@ -184,17 +183,15 @@ def _encoder_known(workspace: Workspace, tracker: "Tracker", task: str) -> bool:
 
     meta = bundle.load_meta(workspace.work(f"finetune@{task}") / "model")
     encoder = meta["lineage"].get("encoder")
-    return any(version.bundle_hash == encoder for version in tracker.versions("encoder"))
+    return tracker.of_bundle("encoder", encoder) is not None
 
 
 def _encoder_of(tracker: "Tracker", version: "Version") -> str | None:
     """The encoder that a version stands on; its own name, if it is one."""
     if version.model == "encoder":
         return str(version)
-    known = tracker.versions("encoder")
-    encoder = version.tags.get("encoder_hash")
-    found = next((str(one) for one in known if one.bundle_hash == encoder), None)
-    return found or version.tags.get("encoder_version")
+    found = tracker.of_bundle("encoder", version.tags.get("encoder_hash"))
+    return str(found) if found else version.tags.get("encoder_version")
 
 
 def registered(config: Config, workspace: Workspace, task: str) -> bool:
@@ -343,22 +340,16 @@ def passed(workspace: Workspace, model: str) -> tuple[str, list[str]] | None:
     from ringmo.registry import promotion
     from ringmo.registry.tracker import Tracker
 
-    if not _has_passed(workspace, model):
+    report = Report.read(workspace.report_file(f"register@{model}"))
+    if report is None or report.figures.get("verdict") != "passed":
         return None
     promotion.settle(workspace, model)
-    report = Report.read(workspace.report_file(f"register@{model}"))
-    assert report is not None
     version: str = report.figures["model"]
     champion = Tracker(workspace).aliased(model, "champion")
     moved = {f"{model}/{row['to']}" for row in promotion.history(workspace, model)}
     if version in moved or version == str(champion):
         return None
     return version, report.figures["verdict_reasons"]
-
-
-def _has_passed(workspace: Workspace, model: str) -> bool:
-    report = Report.read(workspace.report_file(f"register@{model}"))
-    return bool(report and report.figures.get("verdict") == "passed")
 
 
 def left_behind(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
@@ -420,13 +411,12 @@ def summary(
     config: Config,
     workspace: Workspace,
     cached: dict[str, bool],
-    failed: dict[str, str] | None = None,
+    failed: dict[str, str],
 ) -> dict[str, Any]:
     """What came out of a run, from the reports that its stages left.
 
     failed: model → why its registration or promotion was refused.
     """
-    failed = failed or {}
     from ringmo import services
     from ringmo.registry import listing
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ringmo import hardware
 from ringmo.config import flatten
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError
@@ -63,14 +65,19 @@ def parameters(
     """What a run is known by, for params.json: flat, and named alike in every stage's runs.
 
     Args:
-        sections: of params.yaml, by name. Those of the training itself, `pretrain` and
-            `finetune.TASK`, are called `training`, so that any two trainings stand side by side.
+        sections: of params.yaml, by name, as they are or as plain values. Those of the training
+            itself, `pretrain` and `finetune.TASK`, are called `training`, so that any two
+            trainings stand side by side.
         sensor: the main one. tiles: split → how many it reads; `all` for those of the store.
         facts: hashes of what it was made from (selection, encoder, model), its revision.
     """
     name, _, task = stage.partition("@")
     own = f"finetune.{task}" if task else "pretrain" if name == "pretrain" else None
-    named = {"training" if key == own else key: value for key, value in sections.items()}
+    plain = {
+        key: of.model_dump(mode="json") if isinstance(of, BaseModel) else of
+        for key, of in sections.items()
+    }
+    named = {"training" if key == own else key: values for key, values in plain.items()}
     seed = named.get("training", {}).get("seed")
     known = {"stage": name, "task": task or None, "seed": seed, "sensor": sensor, **facts}
     known |= {f"tiles.{split}": count for split, count in tiles.items()}

@@ -52,10 +52,10 @@ class Postgres:
         environment = {"user": self.user, "cwd": self.folder, "env": {"LC_ALL": "C", "TZ": "UTC"}}
         if not data.exists():
             made = [programs / "initdb", "-D", data, "-U", "ringmo", "-A", "trust", "--no-sync"]
-            subprocess.run([*made, "-E", "UTF8"], check=True, **quiet, **environment)  # type: ignore[call-overload]
+            subprocess.run([*made, "-E", "UTF8"], check=True, **quiet, **environment)
         command = [programs / "postgres", "-D", data, "-p", str(self.port), "-c", "fsync=off"]
         command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-        self.process = subprocess.Popen(command, **quiet, **environment)  # type: ignore[call-overload]
+        self.process = subprocess.Popen(command, **quiet, **environment)
         import psycopg2
 
         limit = time.monotonic() + 60
@@ -197,7 +197,7 @@ class MLflow:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
                     return
             except OSError:
-                assert self.process.poll() is None, f"MLflow ended: {' '.join(self.process.args)}"  # type: ignore[arg-type]
+                assert self.process.poll() is None, f"MLflow ended: {' '.join(self.process.args)}"
                 time.sleep(0.3)
         raise TimeoutError(f"MLflow did not start at {self.url}")
 

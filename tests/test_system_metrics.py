@@ -188,7 +188,7 @@ def test_a_long_run_makes_fewer_lines_and_looking_costs_little(
             now[0] += seconds
             return now[0] > 24 * 3600
 
-    sampler._stop = Day()  # type: ignore[assignment]
+    sampler._stop = Day()
     monkeypatch.setenv("PATH", str(tmp_path))
     sampler._began = sampler._written = 0.0
     sampler._processors, sampler._gpus = Processors(tmp_path), Gpus(None)

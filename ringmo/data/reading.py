@@ -200,7 +200,7 @@ def forget(image: Image) -> None:
 def _read(
     settings: Settings, image: Image, known: NDArray[np.uint64] | None, found: Found
 ) -> tuple[scenes.Tile | None, Row | None, list[Member]]:
-    found.hash = scenes.file_hash(image.file)
+    found.hash = store.file_sha256(image.file)
     bare = not image.attachments and image.sensor is None and image.second is None
     if bare and known is not None and _among(found.hash, known):
         found.known = True

@@ -8,7 +8,6 @@ at. Set aside are what is no image of brightness (a palette, one bit a pixel), w
 images (pages), and what cannot be read in bounded memory (blocks of hundreds of megabytes).
 """
 
-import hashlib
 import io
 import math
 import os
@@ -96,11 +95,6 @@ class Look:
     windows: list[Window]  # in rows from the top left; empty where there is a tile
     groups: list[tuple[int, int]]  # windows [first, last) that are read together, in order
     size: tuple[int, int]  # the source's height and width, its own pixels
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sensor_of(

@@ -70,12 +70,11 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     for name, table in tables.items():
         store.write_table(out / f"{name}.parquet", table, columns(config, name))
 
-    sections = {"select": config.select, "split": config.split}
     write_json(
         out / "params.json",
         parameters(
             "select",
-            {name: section.model_dump(mode="json") for name, section in sections.items()},
+            {"select": config.select, "split": config.split},
             sensor=config.select.sensor,
             tiles={"all": len(manifest)},
             revision=REVISIONS["select"],

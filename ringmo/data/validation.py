@@ -232,12 +232,11 @@ def validate(config: Config, workspace: Workspace, out: Path) -> Report:
         for shard in facts.few(tiles, column)[1]
     }
     files = {shard: workspace.store / shard for shard in shards}
-    sections = {"validate": config.validate_, "split": config.split}
     write_json(
         out / "params.json",
         parameters(
             "validate",
-            {name: section.model_dump(mode="json") for name, section in sections.items()},
+            {"validate": config.validate_, "split": config.split},
             sensor=config.select.sensor,
             tiles={"all": len(tiles)},
             revision=REVISIONS["validate"],

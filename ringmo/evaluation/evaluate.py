@@ -113,7 +113,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
         out / "params.json",
         parameters(
             report.stage,
-            {**of_model, "evaluate": config.evaluate.model_dump(mode="json")},
+            {**of_model, "evaluate": config.evaluate},
             sensor=meta["sensor"],
             tiles={"train": len(train), "test": len(test)},
             selection=file_hash(selection)[:16],

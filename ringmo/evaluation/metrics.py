@@ -56,10 +56,15 @@ def draws(places: Sequence[str], samples: int, seed: int = 0) -> Iterator[NDArra
     would claim more certainty than there is. The same places and seed give the same draws.
     """
     _, place = np.unique(np.asarray(places, dtype=str), return_inverse=True)
-    count = int(place.max()) + 1
+    for times in place_draws(int(place.max()) + 1, samples, seed):
+        yield times[place]
+
+
+def place_draws(count: int, samples: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+    """How often each of so many places is drawn when as many are drawn again: (count,)."""
     random = np.random.default_rng(seed)
     for _ in range(samples):
-        yield np.bincount(random.integers(0, count, count), minlength=count)[place]
+        yield np.bincount(random.integers(0, count, count), minlength=count)
 
 
 def drawn(

@@ -185,12 +185,24 @@ def chance_of(gained: NDArray[np.float64], count: int) -> float:
 
 
 def _holm(found: list[tuple[float, str, str, float, float]]) -> list[Fall]:
-    falls, going = [], True
-    for i, (p, what, figure, before, after) in enumerate(sorted(found)):
-        allowed = LEVEL / (len(found) - i)
+    """What was found, the surest first, each told whether it holds among all."""
+    found = sorted(found)
+    held = holm([p for p, *_ in found])
+    return [
+        Fall(what, figure, before, after, p, allowed, surely)
+        for (p, what, figure, before, after), (allowed, surely) in zip(found, held, strict=True)
+    ]
+
+
+def holm(chances: Sequence[float]) -> list[tuple[float, bool]]:
+    """Of p-values, the smallest first: how large each may be, and whether it holds, so that all
+    together are wrong at LEVEL (Holm's step-down procedure)."""
+    held, going = [], True
+    for i, p in enumerate(chances):
+        allowed = LEVEL / (len(chances) - i)
         going = going and p <= allowed
-        falls.append(Fall(what, figure, before, after, p, allowed, going))
-    return falls
+        held.append((allowed, going))
+    return held
 
 
 def _with_classes(
@@ -227,9 +239,7 @@ def _of_scenes(
 
     hit, real = counts(of["predicted"], of["right"]), counts(of["label"])
     both = real + counts(of["predicted"])
-    random = np.random.default_rng(0)
-    rows = [np.ones(units, np.int64)]
-    rows += [np.bincount(random.integers(0, units, units), minlength=units) for _ in range(samples)]
+    rows = [np.ones(units, np.int64), *metrics.place_draws(units, samples)]
     # Whole numbers below 2^24: exact in float32.
     drawn = np.stack(rows).astype(np.float32)
     hits, seen, all_ = ((drawn @ of).astype(np.float64) for of in (hit, real, both))

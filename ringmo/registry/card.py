@@ -158,8 +158,7 @@ def _read(
     encoder = None
     if tracker is not None and meta.get("kind") != ENCODER:
         wanted = (meta.get("lineage") or {}).get("encoder")
-        found = (v for v in tracker.versions(ENCODER) if v.bundle_hash == wanted)
-        if wanted and (same := next(found, None)):
+        if same := tracker.of_bundle(ENCODER, wanted):
             try:
                 encoder = _read(workspace, tracker, same, scratch)
             except BadInput:

@@ -9,7 +9,6 @@ import numpy as np
 
 from ringmo import console, tasks
 from ringmo.data import footprint_map
-from ringmo.registry.card_data import SPLITS
 from ringmo.registry.card_page import (
     Badge,
     Block,
@@ -27,11 +26,12 @@ from ringmo.registry.card_page import (
     Table,
     Text,
 )
+from ringmo.registry.origins import ENCODER
+from ringmo.registry.seen import SPLITS
 
 if TYPE_CHECKING:
     from ringmo.registry.card import Recorded
 
-ENCODER = "encoder"
 NOT_RECORDED = "not recorded"
 # From where on a card calls something a limit.
 FEW_TEST = 100  # test tiles
@@ -112,7 +112,7 @@ NO_FIGURES = frozenset(
         *("bundle_hash", "kind", "generated", "data_version", "selection", "stage_lock"),
         *("params_digest", "code_version", "code_clean", "ringmo_version", "flow_run", "reason"),
         *("verdict", "verdict_reasons", "verdict_against", "verdict_checks", "unit", "metric"),
-        *("encoder_hash", "encoder_version"),
+        *("encoder_hash", "encoder_version", "weights", "lineage_hash", "machine"),
     )
 )
 

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 REVISION = 1  # of features: raised when they change for the same encoder and tiles
 LEAST_TRAIN, LEAST_TEST = 20, 20  # tiles; fewer tell nothing of a few points
 LEAST_PLACES = 5  # of the test tiles: of fewer a draw says little
-ALPHA = 0.05
 NONE = "none"  # the class of a tile without an object
 PROBES = {"knn": "k-NN", "linear": "linear"}
 
@@ -353,13 +352,14 @@ def _compared(
     config: Config, version: Version, champion: Version, sets: Sequence[_Probed]
 ) -> "Verdict":
     """Rules 5 and 6."""
-    from ringmo.evaluation import metrics
+    from ringmo.evaluation import metrics, paired
+    from ringmo.registry import rules
     from ringmo.registry.gate import Verdict
 
     max_drop = config.gate.get(ENCODER, Gate.model_validate({})).max_drop
     names = [(one.task, probe) for one in sets for probe in PROBES]
     # A test of Holm's must be able to fail: the least share that draws can show is one of them.
-    samples = max(config.evaluate.bootstrap_samples, round(2 * len(names) / ALPHA))
+    samples = max(config.evaluate.bootstrap_samples, round(2 * len(names) / paired.LEVEL))
     drawn = _drawn(sets, samples)
     mean = drawn[""]
     bound = metrics.lower_bound(mean)
@@ -378,16 +378,10 @@ def _compared(
         + (f"at most {points(-bound)} worse" if bound < 0 else "not worse")
         + f" (95 %), {points(max_drop)} are allowed (gate.encoder.max_drop)"
     )
-    checks: list[dict[str, Any]] = [
-        {
-            "rule": "max_drop",
-            "ok": ok,
-            "said": said,
-            "value": float(mean[0]),
-            "limit": -max_drop,
-            "low": bound,
-            "tiles": tiles,
-        }
+    checks = [
+        rules.check(
+            "max_drop", ok, said, value=float(mean[0]), limit=-max_drop, low=bound, tiles=tiles
+        )
     ]
     figures: dict[str, Any] = {
         "difference_to_champion": round(float(mean[0]), 6),
@@ -395,7 +389,7 @@ def _compared(
         "gate_tiles": tiles,
     }
     chances = {name: _chance(drawn[f"{name[0]}/{name[1]}"], -max_drop) for name in names}
-    fell = _holm(chances)
+    fell = _fell(chances)
     for one in sets:
         for probe, (new, old) in one.scores.items():
             failed = (one.task, probe) in fell
@@ -405,17 +399,17 @@ def _compared(
             if failed:
                 said += f", more than the {points(max_drop)} allowed, and not by chance (Holm, 5 %)"
             checks.append(
-                {
-                    "rule": f"{one.task}.{probe}",
-                    "ok": not failed,
-                    "said": said,
-                    "value": difference,
-                    "limit": -max_drop,
-                    "p": chances[one.task, probe],
-                    "candidate": float(new.mean()),
-                    "champion": float(old.mean()),
-                    "tiles": len(one.places),
-                }
+                rules.check(
+                    f"{one.task}.{probe}",
+                    not failed,
+                    said,
+                    value=difference,
+                    limit=-max_drop,
+                    p=chances[one.task, probe],
+                    candidate=float(new.mean()),
+                    champion=float(old.mean()),
+                    tiles=len(one.places),
+                )
             )
             figures[f"candidate_{one.task}_{probe}"] = round(float(new.mean()), 6)
             figures[f"champion_{one.task}_{probe}"] = round(float(old.mean()), 6)
@@ -448,14 +442,13 @@ def _chance(drawn: NDArray[np.float64], least: float) -> float:
     return float((1 + (known >= least - 1e-9).sum()) / (1 + len(known)))
 
 
-def _holm(chances: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
-    """Those whose p-values hold against all together, at 5 %: Holm's step-down procedure."""
-    fell = set()
-    for i, name in enumerate(sorted(chances, key=lambda name: chances[name])):
-        if chances[name] > ALPHA / (len(chances) - i):
-            break
-        fell.add(name)
-    return fell
+def _fell(chances: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
+    """Those that have fallen, by Holm's correction of all."""
+    from ringmo.evaluation import paired
+
+    names = sorted(chances, key=lambda name: chances[name])
+    held = paired.holm([chances[name] for name in names])
+    return {name for name, (_, surely) in zip(names, held, strict=True) if surely}
 
 
 def _folder(workspace: Workspace) -> Path:

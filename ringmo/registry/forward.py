@@ -627,7 +627,7 @@ class ChainRun:
             try:
                 feed.send(Tracker(self.workspace))
                 _tidy(feed)
-            except Exception as caught:
+            except Exception as caught:  # as in `_try_sending`; the chain has ended already
                 console.note(f"{_in_a_line(caught)}; the chain's run is sent later")
 
     def _ran(self) -> dict[str, Report]:
@@ -707,7 +707,7 @@ def forward_all(workspace: Workspace) -> int:
             feed.send(tracker)
             _tidy(feed)
             done += 1
-        except Exception as error:
+        except Exception as error:  # whatever keeps one run waiting keeps no other
             tracker, last = None, _in_a_line(error)
     if done < len(waiting):
         console.note(f"{last}; figures of {len(waiting) - done} runs go on waiting")

@@ -76,9 +76,9 @@ def _model(workspace: Workspace, tracker: Tracker | None, version: Version) -> d
 
 def _encoder(workspace: Workspace, tracker: Tracker | None, version: Version) -> dict[str, Any]:
     wanted = version.tags.get("encoder_hash")
-    for encoder in tracker.versions(ENCODER) if tracker else []:
-        if encoder.bundle_hash == wanted:
-            return _model(workspace, tracker, encoder) | {"what": "encoder"}
+    encoder = tracker.of_bundle(ENCODER, wanted) if tracker else None
+    if encoder is not None:
+        return _model(workspace, tracker, encoder) | {"what": "encoder"}
     return _part("encoder", wanted and wanted[:16], {"registered": "no"} if wanted else {}, [])
 
 
@@ -113,7 +113,6 @@ def _data(
             **{split: found[split] for split in seen.SPLITS if split in found},
             "training tiles by class": found["classes"] or None,
             "in the data version": whole.get(found["source"]),
-            **{name: found.get(name) for name in seen.RIGHTS},
         }
         sources.append(_part("source", found["source"], facts, []))
     names = ("time", "tiles", "classes", "labelled", "set_aside", "generated")

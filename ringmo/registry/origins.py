@@ -18,7 +18,7 @@ from typing import Any
 
 from ringmo import console
 from ringmo.config import read_yaml
-from ringmo.data import versions
+from ringmo.data import store, versions
 from ringmo.errors import BadInput
 from ringmo.registry import seen
 from ringmo.stage import Report, write_json
@@ -66,7 +66,9 @@ def write(
             path.write_bytes(listing)
     _write_data(workspace, folder, model, selection, version)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = "".join(f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    sums = "".join(
+        f"{store.file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files
+    )
     (folder / SUMS).write_text(sums)
     return hashlib.sha256(sums.encode()).hexdigest()
 
@@ -88,8 +90,6 @@ def _write_store(workspace: Workspace, folder: Path, version: str | None) -> Non
 def _write_data(
     workspace: Workspace, folder: Path, model: str, selection: str | None, version: str | None
 ) -> None:
-    from ringmo.data import store
-
     rows = [row for row in versions.versions(workspace) if row["version"] == version]
     row: dict[str, Any] = rows[-1] if rows else {"version": version}
     path = versions.manifest_file(workspace, row.get("manifest", ""))
@@ -100,7 +100,7 @@ def _write_data(
         row = row | {"tiles_by_source": {str(k): int(n) for k, n in counted.items()}}
     write_json(folder / DATA, row)
     chosen = workspace.work("select") / f"{'pretrain' if model == ENCODER else model}.parquet"
-    if chosen.is_file() and _sha256(chosen) == selection:
+    if chosen.is_file() and store.file_sha256(chosen) == selection:
         seen.write(folder / TILES, chosen, manifest)
     else:
         console.note(f"{model}: {chosen} is not what it learnt from; its tiles are not recorded")
@@ -180,8 +180,3 @@ def _json(path: Path) -> Any:
 
 def _file(stage: str) -> str:
     return stage.replace("@", "-")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,7 +38,6 @@ is absent where there is nothing to go back to. Versions deleted from the regist
 """
 
 import contextlib
-import hashlib
 import json
 import textwrap
 import time
@@ -50,7 +49,7 @@ from ringmo import console
 from ringmo.config import Config, digest
 from ringmo.errors import AnswerIsNo, BadInput, Unreachable
 from ringmo.registry import outbox
-from ringmo.registry.tracker import Run, Tracker, Version
+from ringmo.registry.tracker import Run, Tracker, Version, bundle_hash
 from ringmo.workspace import Workspace
 
 EXPERIMENT = "promotions"
@@ -428,15 +427,11 @@ def _check_bytes(tracker: Tracker, chosen: Version) -> None:
     folder = tracker.bundle_here(chosen)
     if folder is None:
         return
-    whole = hashlib.sha256()
-    for name in ("model.safetensors", "model.json"):
-        try:
-            with (folder / name).open("rb") as file:
-                while piece := file.read(1 << 22):
-                    whole.update(piece)
-        except OSError as error:
-            raise BadInput(f"{chosen}: {folder / name}: {error.strerror}") from None
-    if whole.hexdigest() != chosen.bundle_hash:
+    try:
+        found = bundle_hash(folder)
+    except OSError as error:
+        raise BadInput(f"{chosen}: {error.filename}: {error.strerror}") from None
+    if found != chosen.bundle_hash:
         raise BadInput(f"{chosen}: its files in {folder} are not the ones that were registered")
     _check_kind(chosen, json.loads((folder / "model.json").read_bytes()))
 

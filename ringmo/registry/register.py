@@ -48,7 +48,7 @@ def register(config: Config, workspace: Workspace, task: str, tags: Mapping[str,
     model.check_example()
     tracker = Tracker(workspace)
     with claim(workspace.state / "registry.lock"):
-        version = next((v for v in tracker.versions(task) if v.bundle_hash == model.hash), None)
+        version = tracker.of_bundle(task, model.hash)
         if version is None:
             version = _create(config, workspace, tracker, task, stage, model, tags)
         if "candidate" not in version.aliases:
@@ -145,14 +145,7 @@ def _tags(
     lineage = model.meta["lineage"]
     lock = workspace.root / "dvc.lock"
     code, clean = code_version()
-    encoder = next(
-        (
-            v
-            for v in (tracker.versions(ENCODER) if task != ENCODER else [])
-            if v.bundle_hash == lineage.get("encoder")
-        ),
-        None,
-    )
+    encoder = None if task == ENCODER else tracker.of_bundle(ENCODER, lineage.get("encoder"))
     about: dict[str, Any] = {
         "bundle_hash": model.hash,
         "weights": model.meta["weights_sha256"],

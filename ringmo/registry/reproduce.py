@@ -11,7 +11,6 @@ workspace is read and never written. What was killed goes on with the same comma
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -112,10 +111,9 @@ def _origins(tracker: Tracker, version: Version) -> Origins:
 
 
 def _encoder(tracker: Tracker, version: Version) -> Version | None:
-    wanted = version.tags.get("encoder_hash")
     if version.model == ENCODER:
         return version
-    return next((v for v in tracker.versions(ENCODER) if v.bundle_hash == wanted), None)
+    return tracker.of_bundle(ENCODER, version.tags.get("encoder_hash"))
 
 
 def _claimed(root: Path, version: Version) -> Path:
@@ -285,7 +283,7 @@ def _initial_weights(workspace: Workspace, tracker: Tracker, plan: _Plan, values
     if plan.encoder is not None:
         meta = tracker.bundle_folder(plan.encoder) / "model.json"
         wanted = json.loads(meta.read_text())["lineage"].get("encoder")
-        if wanted and _sha256(file) != wanted:
+        if wanted and store.file_sha256(file) != wanted:
             plan.lacks(f"pretrain.init: {file} is not the file that it started from")
             return
     if not Path(values.pretrain.init).is_absolute():
@@ -326,7 +324,7 @@ def _kept_selection(tracker: Tracker, plan: _Plan) -> None:
 def _taken_encoder(tracker: Tracker, plan: _Plan) -> None:
     """refresh: champion. An encoder that was there already took the place of a training."""
     wanted = str((plan.kept.yaml(CHAMPION) or {}).get("encoder"))
-    taken = next((v for v in tracker.versions(ENCODER) if v.bundle_hash == wanted), None)
+    taken = tracker.of_bundle(ENCODER, wanted)
     if taken is None:
         plan.lacks(f"encoder {wanted[:12]}, which {CHAMPION} names: not registered")
         return
@@ -494,7 +492,7 @@ def _weights(plan: _Plan, tracker: Tracker) -> list[dict[str, Any]]:
         listing = plan.kept.listing(f"work/{stage.replace('@', '-')}")
         path = plan.place.work(stage) / name
         if stage == register.stage_of(plan.version.model):
-            was, now = _registered(plan, tracker), _sha256(path)
+            was, now = _registered(plan, tracker), store.file_sha256(path)
         elif listing:
             was, now = versions.listed(listing)[name], versions.file_md5(path)
         else:
@@ -547,8 +545,3 @@ def _json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError):
         found = json.loads(path.read_text())
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

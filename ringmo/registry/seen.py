@@ -39,9 +39,6 @@ COLUMNS = {
     "classes": "strings",  # that its labels name; empty where it trained without labels
 }
 REPEATING = ("split", "part", "source_root", "row", "col", "width", "height", "scale", "sensor")
-# Of a source file's rights, where the manifest says them.
-RIGHTS = [name for name in ("licence",) if name in store.COLUMNS]
-WANTED = COLUMNS | {name: store.COLUMNS[name] for name in RIGHTS}
 
 
 def write(path: Path, selection: Path, manifest: "pandas.DataFrame | None") -> int:
@@ -67,26 +64,26 @@ def write(path: Path, selection: Path, manifest: "pandas.DataFrame | None") -> i
     table = pd.concat(rows, ignore_index=True)
     if manifest is not None:
         known = manifest.set_index("key").reindex(table["key"])
-        for name in WANTED:
+        for name in COLUMNS:
             if name in known.columns and name != "split":
                 values = pd.Series(known[name].to_numpy(), table.index)
                 table[name] = table[name].fillna(values) if name in table else values
         for name in ("mask_counts", "boxes_classes"):
             table[name] = known[name].to_numpy()
     table["classes"] = _classes(table)
-    schema = store.arrow_schema(WANTED)
-    for name in WANTED:
+    schema = store.arrow_schema(COLUMNS)
+    for name in COLUMNS:
         if name not in table:
             table[name] = None
     order = [name for name in ("source_root", "source", "row", "col", "key") if name in table]
-    table = table.sort_values(order)[list(WANTED)]
+    table = table.sort_values(order)[list(COLUMNS)]
     whole = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         whole.replace_schema_metadata(schema.metadata),
         path,
         compression="zstd",
-        use_dictionary=[*REPEATING, *RIGHTS, "classes.list.element"],
+        use_dictionary=[*REPEATING, "classes.list.element"],
         # Neighbours' paths begin alike.
         column_encoding={"source": "DELTA_BYTE_ARRAY"},
     )
@@ -117,7 +114,7 @@ def _classes(rows: "pandas.DataFrame") -> list[list[str]]:
     return found
 
 
-def read(path: Path, columns: Iterable[str] = tuple(WANTED)) -> "pyarrow.Table":
+def read(path: Path, columns: Iterable[str] = tuple(COLUMNS)) -> "pyarrow.Table":
     """Columns of a table that `write` wrote.
 
     Raises:
@@ -139,7 +136,7 @@ def summary(path: Path) -> dict[str, Any]:
     sources: rows of source (its root), tiles, share, {split: tiles}, classes, the largest first.
     classes: name → training tiles.
     """
-    table = read(path, ("split", "part", "source_root", "classes", *RIGHTS)).to_pandas()
+    table = read(path, ("split", "part", "source_root", "classes")).to_pandas()
     table["source_root"] = table["source_root"].fillna("not recorded")
     sources = []
     for root, own in table.groupby("source_root"):
@@ -150,8 +147,6 @@ def summary(path: Path) -> dict[str, Any]:
             **splits(own["split"]),
             "classes": _training_classes(own),
         }
-        for name in RIGHTS:
-            row[name] = ", ".join(sorted(own[name].dropna().unique())) or None
         sources.append(row)
     return {
         "tiles": len(table),
@@ -206,9 +201,8 @@ def of_file(table: "pyarrow.Table", file: Path) -> Any:
     import pyarrow.compute as pc
 
     from ringmo.data.reading import key
-    from ringmo.data.scenes import file_hash
 
-    content = file_hash(file)
+    content = store.file_sha256(file)
     names = ["row", "col", "height", "width", "scale"]
     windows = table.select(names).group_by(names).aggregate([]).to_pylist()
     keys = [key(content, **window) for window in windows if window["row"] is not None]

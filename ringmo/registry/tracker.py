@@ -5,6 +5,7 @@ The only module that imports mlflow, and only where it is used: the import costs
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ LOG_BATCH = 1000  # metrics a call that MLflow takes
 
 EXPERIMENTS_FOLDER = "artifacts"
 BUNDLE = "data/bundle"  # of a version's files
+BUNDLE_FILES = ("model.safetensors", "model.json")
 GENERATED = "generated"
 
 
@@ -415,6 +417,12 @@ class Tracker:
     def version(self, model: str, version: int) -> Version | None:
         return next((v for v in self.versions(model) if v.version == version), None)
 
+    def of_bundle(self, model: str, bundle_hash: str | None) -> Version | None:
+        """The version of this bundle, or None: a task's version names its encoder by this hash."""
+        if not bundle_hash:
+            return None
+        return next((v for v in self.versions(model) if v.bundle_hash == bundle_hash), None)
+
     def aliased(self, model: str, alias: str) -> Version | None:
         """The version that bears an alias, or None."""
         return next((v for v in self.versions(model) if alias in v.aliases), None)
@@ -535,6 +543,16 @@ class Tracker:
 
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+
+
+def bundle_hash(folder: Path) -> str:
+    """The hash of a bundle over both its files, as `bundle.load` finds it; loads no model."""
+    whole = hashlib.sha256()
+    for name in BUNDLE_FILES:
+        with (folder / name).open("rb") as file:
+            while piece := file.read(1 << 22):
+                whole.update(piece)
+    return whole.hexdigest()
 
 
 def save_pyfunc(bundle: Path, folder: Path) -> None:

@@ -5,7 +5,6 @@ it was not asked for: of the last two nothing was compared. The links stand in t
 chain, the model first.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,11 +19,11 @@ from ringmo.registry import seen
 from ringmo.registry.listing import resolve
 from ringmo.registry.origins import ENCODER, PATCH, STORE, SUMS, Origins
 from ringmo.registry.register import code_version, commit_known, stage_of
-from ringmo.registry.tracker import Tracker, Version
+from ringmo.registry.tracker import BUNDLE_FILES, Tracker, Version, bundle_hash
 from ringmo.workspace import Workspace
 
 OK, BROKEN, NOT_HERE, NOT_READ = "ok", "broken", "not here", "not read"
-BUNDLE = ("model.json", "model.safetensors")
+WEIGHTS, META = BUNDLE_FILES
 
 
 Outcome = tuple[str, str]  # state, and what was found
@@ -57,7 +56,7 @@ def verify(workspace: Workspace, ref: str, deep: bool = False) -> list[Link]:
     shards: dict[str, Outcome] = {}  # data version → what reading it found: once is enough
     links = _links(_Chain(workspace, tracker, version, shards), deep)
     if version.model != ENCODER:
-        encoder = _encoder(tracker, version)
+        encoder = tracker.of_bundle(ENCODER, version.tags.get("encoder_hash"))
         if encoder is not None:
             links += _links(_Chain(workspace, tracker, encoder, shards), deep)
     return links
@@ -89,11 +88,6 @@ def text(links: list[Link]) -> str:
     else:
         end = "Every link holds."
     return f"{table}\n\n{end}"
-
-
-def _encoder(tracker: Tracker, version: Version) -> Version | None:
-    wanted = version.tags.get("encoder_hash")
-    return next((v for v in tracker.versions(ENCODER) if v.bundle_hash == wanted), None)
 
 
 def _links(chain: "_Chain", deep: bool) -> list[Link]:
@@ -177,8 +171,8 @@ class _Chain:
 
     def _weights(self) -> Outcome:
         assert self.bundle is not None
-        found = _sha256(self.bundle / BUNDLE[1])
-        said = json.loads((self.bundle / BUNDLE[0]).read_text())["weights_sha256"]
+        found = store.file_sha256(self.bundle / WEIGHTS)
+        said = json.loads((self.bundle / META).read_text())["weights_sha256"]
         outcome = _same("model.safetensors and model.json", found, said)
         if outcome[0] == OK and (tag := self.tags.get("weights")):
             return _same("model.safetensors, model.json and the version's tag", found, tag)
@@ -186,30 +180,26 @@ class _Chain:
 
     def _bundle(self) -> Outcome:
         assert self.bundle is not None
-        whole = hashlib.sha256()
-        for name in reversed(BUNDLE):
-            whole.update((self.bundle / name).read_bytes())
-        return _same(
-            "both files and the tag bundle_hash", whole.hexdigest(), self.version.bundle_hash
-        )
+        found = bundle_hash(self.bundle)
+        return _same("both files and the tag bundle_hash", found, self.version.bundle_hash)
 
     def _files(self) -> Outcome:
         sums = self.origins.sums()
         if not sums:
             return NOT_HERE, f"no {SUMS}: registered by an earlier ringmo"
-        listed = _sha256(self.origins.folder / SUMS)
+        listed = store.file_sha256(self.origins.folder / SUMS)
         if listed != self.tags.get("lineage_hash"):
             return _same(f"{SUMS} and the tag lineage_hash", listed, self.tags.get("lineage_hash"))
         for name, was in sums.items():
             path = self.origins.folder / name
             if not path.is_file():
                 return BROKEN, f"{name} is gone"
-            if _sha256(path) != was:
+            if store.file_sha256(path) != was:
                 return BROKEN, f"{name} was changed after registration"
         return OK, f"{len(sums)} files, {SUMS} and the tag lineage_hash"
 
     def _lock(self) -> Outcome:
-        found = _sha256(self.origins.folder / "dvc.lock")
+        found = store.file_sha256(self.origins.folder / "dvc.lock")
         return _same("dvc.lock and the tag stage_lock", found, self.tags.get("stage_lock"))
 
     def _parameters(self) -> Outcome:
@@ -261,7 +251,7 @@ class _Chain:
             return NOT_HERE, f"DVC's list of {out} is neither kept nor in the cache"
         if versions.folder_hash(listing) != recorded:
             return BROKEN, f"DVC's list of {out} is not the one in dvc.lock"
-        for name in BUNDLE:
+        for name in BUNDLE_FILES:
             if listing.get(f"{folder}/{name}") != versions.file_md5(self.bundle / name):
                 return BROKEN, f"{name} is not the one that {self.stage} wrote"
         return OK, f"the bundle's files, DVC's list of {out}, and dvc.lock"
@@ -276,10 +266,10 @@ class _Chain:
 
     def _encoder(self) -> Outcome:
         assert self.bundle is not None
-        wanted = json.loads((self.bundle / BUNDLE[0]).read_text())["lineage"].get("encoder")
+        wanted = json.loads((self.bundle / META).read_text())["lineage"].get("encoder")
         if wanted != self.tags.get("encoder_hash"):
             return _same("model.json and the tag encoder_hash", wanted, self.tags["encoder_hash"])
-        encoder = _encoder(self.tracker, self.version)
+        encoder = self.tracker.of_bundle(ENCODER, self.tags.get("encoder_hash"))
         recorded = _md5_of(self._entry(self.stage).get("deps", []), "work/pretrain/encoder")
         if encoder is None:
             return NOT_HERE, f"encoder {str(wanted)[:12]} is not registered"
@@ -314,7 +304,7 @@ class _Chain:
         """The selection's sha256, which model.json names, is of the file of this MD5."""
         wanted = self.tags.get("selection")
         if self.bundle is not None:
-            told = json.loads((self.bundle / BUNDLE[0]).read_text())["lineage"].get("selection")
+            told = json.loads((self.bundle / META).read_text())["lineage"].get("selection")
             if told != wanted:
                 return _same("model.json and the tag selection", told, wanted)
         name = f"{'pretrain' if self.version.model == ENCODER else self.version.model}.parquet"
@@ -324,7 +314,9 @@ class _Chain:
         file = self.cache.file(md5)
         if not file.is_file():
             return NOT_HERE, f"{name} is not in DVC's cache: only model.json and tag agree"
-        return _same(f"{name} in DVC's cache, model.json and the tag", _sha256(file), wanted)
+        return _same(
+            f"{name} in DVC's cache, model.json and the tag", store.file_sha256(file), wanted
+        )
 
     def _tiles(self) -> Outcome:
         """The record of what it saw names the tiles of the manifest, by key and content."""
@@ -348,7 +340,8 @@ class _Chain:
         columns = {name: store.COLUMNS[name] for name in names}
         table = store.read_some(manifest, columns, ["shard"], "fetch it again")
         values = [table[name].to_pylist() for name in names]
-        return {key: rest for key, *rest in zip(*values, strict=True)}  # type: ignore[misc]
+        rows = zip(*values, strict=True)
+        return {key: (content, shard, at, size) for key, content, shard, at, size in rows}
 
     def _manifest(self) -> Outcome:
         recorded = self._recorded_manifest()
@@ -478,7 +471,7 @@ def _md5_of(entries: list[dict[str, Any]], path: str) -> str | None:
 
 def _folder(bundle: Path) -> str:
     """DVC's hash of a bundle's folder."""
-    return versions.folder_hash({name: versions.file_md5(bundle / name) for name in BUNDLE})
+    return versions.folder_hash({name: versions.file_md5(bundle / name) for name in BUNDLE_FILES})
 
 
 def _value(values: Any, dotted: str) -> Any:
@@ -488,8 +481,3 @@ def _value(values: Any, dotted: str) -> Any:
             return None
         values = values[name]
     return values
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

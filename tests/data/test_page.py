@@ -1,34 +1,17 @@
 """The page of the tile store: everything inside it, nothing from data that runs."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Parsed
 from small_imagery import class_folders, geotiff, write
 
 from ringmo.cli import main
 from ringmo.config import Config
 from ringmo.data import page
 from ringmo.errors import BadInput
-
-
-class Parsed(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def shown(workspace: Any, tmp_path: Path) -> Parsed:

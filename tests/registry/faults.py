@@ -53,7 +53,7 @@ def die_at(moment: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
 
-    class Mortal(MlflowClient):  # type: ignore[misc]
+    class Mortal(MlflowClient):
         def __getattribute__(self, name: str) -> Any:
             found = super().__getattribute__(name)
             if not name.startswith(WRITES):

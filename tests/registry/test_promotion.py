@@ -320,7 +320,7 @@ def _promote(root: Path, version: int, barrier: Any = None) -> None:
             barrier.wait(60)
             return claim(self, name, tags)
 
-        Tracker.claim_name = together  # type: ignore[method-assign]
+        Tracker.claim_name = together
     try:
         promotion.promote(Workspace(root), "scene", version, by=f"ada {version}", reason="race")
     except AnswerIsNo as error:

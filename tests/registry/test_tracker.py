@@ -271,7 +271,7 @@ def test_a_store_of_artifacts_that_refuses_keeps_no_figures_and_no_other_run(
     out.mkdir(parents=True)
     with Forwarder(tracked, "select", {}) as other:
         other.finish(Report("select"), out)
-    assert Tracker(tracked).run(str(other.run_id)).status == "FINISHED"  # type: ignore[union-attr]
+    assert Tracker(tracked).run(str(other.run_id)).status == "FINISHED"
     assert forward_all(tracked) == 0
     (store / "pretrain").unlink()
     assert forward_all(tracked) == 1
