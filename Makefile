@@ -11,8 +11,9 @@ export DO_NOT_TRACK := true
 run: .venv/ready
 	@$(BIN)/ringmo run $(if $(DATA),--data '$(DATA)') $(ARGS)
 
+# Files of tests side by side: most of their time goes to servers that start and processes that end.
 test: lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-fast: .venv/ready
 	@$(BIN)/pytest -m "not slow"

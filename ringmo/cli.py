@@ -1,6 +1,7 @@
 """The `ringmo` command: parses, calls one function, prints its report. Loads nothing heavy."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Tables of a report that are worth a look at a stage's end, from two rows on; a long one is in its
 # files.
 SHOWN_TABLES, SHOWN_ROWS = ("per_class", "per_sensor", "per_gsd", "per_source"), range(2, 41)
@@ -51,6 +53,14 @@ def _call(arguments: Arguments) -> int:
         raise BadInput(
             f"{error.name} is not installed: `{arguments.verb}` needs "
             "`pip install 'ringmo[platform]'`"
+        ) from None
+    except OSError as error:
+        # Python finds no folder for temporary files where none has room for one.
+        if error.errno not in FULL and "No usable temporary directory" not in str(error):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise BadInput(
+            f"{where}no space left on the disk: free some, and the same command goes on from here"
         ) from None
 
 

@@ -13,6 +13,10 @@ from tiny import TINY
 # Started in the background a shell lets Ctrl-C be ignored, by us and by all we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests side by side share the cores; models this small only wait for a second thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything imports them: no telemetry, and no state in the home folder.
 os.environ.update(
     DO_NOT_TRACK="true",

@@ -1,6 +1,7 @@
 """The command's surface: what it offers, how fast it says so, and how it refuses."""
 
 import argparse
+import errno
 import json
 import subprocess
 import sys
@@ -125,3 +126,15 @@ def test_a_part_that_is_not_installed_is_one_line(
     assert main(["models", "--workspace", str(workspace.root)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "mlflow" in error and "ringmo[platform]" in error
+
+
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workspace: Workspace
+) -> None:
+    def full(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/shard-7.tar")
+
+    monkeypatch.setattr("ringmo.cli._status", full)
+    assert main(["status", "--workspace", str(workspace.root)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ringmo: /data/shard-7.tar: no space left") and said.count("\n") == 1

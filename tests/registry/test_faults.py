@@ -1,5 +1,9 @@
 """An interrupted registration leaves a whole version or none, and can be done again."""
 
+import re
+import resource
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,3 +84,46 @@ def test_an_artifact_store_that_takes_nothing(
     assert (version.version, version.aliases) == (1, ("candidate",))
     assert version.source.startswith("s3:" if through == "client" else "mlflow-artifacts:")
     open_bundle(Tracker(workspace), version).check_example()
+
+
+def _register_on_a_full_disk(root: Path, room: int, said: Path) -> None:
+    """No file may grow beyond `room` bytes: writes end as they do where no space is left."""
+    tempfile.gettempdir()  # it tries all there are by writing, once
+    with said.open("w") as sys.stderr:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        ended = "registered"
+        try:
+            _register(root)
+        except (Unreachable, OSError) as error:  # of the latter the command line says the same
+            ended = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    said.write_text(ended)
+
+
+@pytest.mark.parametrize(
+    ("what", "room"), [("store", 3_000), ("store and database", 0), ("store and database", 30_000)]
+)
+def test_a_full_disk(
+    what: str,
+    room: int,
+    server: Any,
+    tracked: Workspace,
+    make_model: Any,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """Some files fit, and the weights do not."""
+    if what == "store":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    weights = make_model() / "model.safetensors"
+    assert weights.stat().st_size > 30_000
+    said = tmp_path / "said"
+    process = start(_register_on_a_full_disk, tracked.root, room, said)
+    process.join()
+    assert process.exitcode == 0
+    assert re.search("File too large|database or disk is full|disk I/O error", said.read_text())
+    assert Tracker(tracked).versions("scene") == []
+    _register(tracked.root)
+    (version,) = Tracker(tracked).versions("scene")
+    assert version.aliases == ("candidate",)
+    open_bundle(Tracker(tracked), version).check_example()
