@@ -57,6 +57,8 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         names = {stage.name for stage in left}
         ready = [stage for stage in left if not names & set(stage.upstream)]
         left = [stage for stage in left if stage not in ready]
+        if any(stage.name == "pretrain" for stage in ready) and chain.bring_start(config, place):
+            changes = versions.changed(place)
         calls = []
         for stage in ready:
             if not _wanted(config, place, stage.name):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringmo import console
 from ringmo.config import Config, digest
+from ringmo.data import store
 from ringmo.errors import BadInput, RingmoError
 from ringmo.stage import Report, whole_folder, write_json
 from ringmo.workspace import CHAMPION, Workspace, template
@@ -96,26 +97,68 @@ def bring_champion(config: Config, workspace: Workspace) -> None:
     Raises:
         BadInput: pretrain.refresh is champion, and no encoder is.
     """
-    wanted = None
+    if config.pretrain.refresh == "continue":
+        return  # see `bring_start`
+    encoder = None
     if config.pretrain.refresh == "champion":
-        from ringmo.registry.tracker import Tracker
-
-        tracker = Tracker(workspace)
-        encoder = tracker.aliased("encoder", "champion")
+        encoder = _champion_encoder(workspace)
         if encoder is None:
             raise BadInput("pretrain.refresh: champion: no encoder is champion yet: set full")
+    _name_encoder(workspace, encoder)
+
+
+def bring_start(config: Config, workspace: Workspace) -> bool:
+    """Write to champion.yaml which encoder pre-training starts from (pretrain.refresh: continue).
+
+    That is the champion, once the selection is another than it learnt from; before that the one
+    that it started from itself, so that a run without new imagery finds nothing to do. Without a
+    champion there is none.
+
+    Returns:
+        Whether the file is another than before.
+    """
+    if config.pretrain.refresh != "continue":
+        return False
+    from ringmo.registry.tracker import Tracker
+
+    start = _champion_encoder(workspace)
+    selection = workspace.work("select") / "pretrain.parquet"
+    if (
+        start is not None
+        and start.tags.get("refresh") == "continue"
+        and start.tags.get("selection") == store.file_sha256(selection)
+    ):
+        start = Tracker(workspace).of_bundle("encoder", start.tags.get("encoder_hash"))
+    return _name_encoder(workspace, start)
+
+
+def _champion_encoder(workspace: Workspace) -> "Version | None":
+    from ringmo.registry.tracker import Tracker
+
+    return Tracker(workspace).aliased("encoder", "champion")
+
+
+def _name_encoder(workspace: Workspace, encoder: "Version | None") -> bool:
+    """Write an encoder's hash, or null, to champion.yaml, after its files lie in the workspace."""
+    wanted = None
+    if encoder is not None:
+        from ringmo.registry.tracker import Tracker
+
         wanted = encoder.bundle_hash
         kept = workspace.state / "bundles" / wanted
         if not kept.is_dir():
             with whole_folder(kept) as folder:
-                shutil.copytree(tracker.bundle_folder(encoder), folder, dirs_exist_ok=True)
+                files = Tracker(workspace).bundle_folder(encoder)
+                shutil.copytree(files, folder, dirs_exist_ok=True)
     path = workspace.root / CHAMPION
     header = template(CHAMPION).read_text().rpartition("encoder:")[0]
     text = f"{header}encoder: {wanted or 'null'}\n"
-    if not path.exists() or path.read_text() != text:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+    if path.exists() and path.read_text() == text:
+        return False
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+    return True
 
 
 def ends(config: Config, workspace: Workspace) -> list[str]:

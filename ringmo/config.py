@@ -323,7 +323,7 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    refresh: Literal["full", "keep", "champion"] = "full"
+    refresh: Literal["full", "keep", "continue", "champion"] = "full"
     method: Literal["ringmo", "simmim", "mae"] = "ringmo"
     init: str | None = None
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field({"rgb": 1.0}, min_length=1)
@@ -333,6 +333,12 @@ class Pretrain(Training):
     lbp: bool = False
     picture_every: Positive = 5
     knn_every: Positive = 5
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Pretrain":
+        if self.init and self.refresh == "continue":
+            raise ValueError("init: with refresh: continue training starts from the champion")
+        return self
 
 
 class Finetune(Training):

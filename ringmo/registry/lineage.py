@@ -65,6 +65,7 @@ def _model(workspace: Workspace, tracker: Tracker | None, version: Version) -> d
         training = "pre-training"
     else:
         training = "fine-tuning"
+    if training == "fine-tuning" or tags.get("encoder_hash"):
         made_from.append(_encoder(workspace, tracker, version))
     made_from = [
         _part(training, version.run_id or None, _run_facts(tracker, version), made_from),
@@ -213,10 +214,12 @@ def who_saw(workspace: Workspace, what: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for version in found:
         how = [_sighting(version, None, one) for one in sightings.get(str(version), [])]
-        encoder = encoders.get(version.tags.get("encoder_hash", "-"))
-        if version.model != ENCODER and encoder is not None:
+        # Its encoder, and those that this one's pre-training started from.
+        before = version
+        while encoder := encoders.get(before.tags.get("encoder_hash", "-")):
             through = sightings.get(str(encoder), [])
             how += [_sighting(encoder, str(encoder), one) for one in through]
+            before = encoder
         if how:
             rows.append(
                 {

@@ -145,7 +145,8 @@ def _tags(
     lineage = model.meta["lineage"]
     lock = workspace.root / "dvc.lock"
     code, clean = code_version()
-    encoder = None if task == ENCODER else tracker.of_bundle(ENCODER, lineage.get("encoder"))
+    # Of an encoder: the one that its pre-training started from.
+    encoder = tracker.of_bundle(ENCODER, lineage.get("encoder"))
     about: dict[str, Any] = {
         "bundle_hash": model.hash,
         "weights": model.meta["weights_sha256"],
@@ -162,9 +163,12 @@ def _tags(
     trained = Report.read(workspace.work(stage_of(task)) / "report.json")
     if trained is not None and trained.machine:
         about["machine"] = hardware.in_short(trained.machine)
-    if task != ENCODER:
+    if task == ENCODER:
+        about["refresh"] = config.pretrain.refresh
+    if task != ENCODER or encoder:
         about["encoder_hash"] = lineage.get("encoder")
         about["encoder_version"] = str(encoder) if encoder else None
+    if task != ENCODER:
         kind = tasks.find(task)
         about |= {"metric": kind.metric, "unit": kind.unit(kind.metric)}
     report = _evaluation(workspace, task, model)

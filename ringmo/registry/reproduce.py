@@ -152,7 +152,7 @@ def _prepare(workspace: Workspace, tracker: Tracker, plan: _Plan) -> None:
     _initial_weights(workspace, tracker, plan, values)
     if values.pretrain.refresh == "keep":
         _kept_selection(tracker, plan)
-    elif values.pretrain.refresh == "champion":
+    elif values.pretrain.refresh in ("champion", "continue"):
         _taken_encoder(tracker, plan)
 
 
@@ -322,8 +322,11 @@ def _kept_selection(tracker: Tracker, plan: _Plan) -> None:
 
 
 def _taken_encoder(tracker: Tracker, plan: _Plan) -> None:
-    """refresh: champion. An encoder that was there already took the place of a training."""
-    wanted = str((plan.kept.yaml(CHAMPION) or {}).get("encoder"))
+    """refresh: champion, continue. An encoder that was there already took the place of a training,
+    or was where it started."""
+    wanted = (plan.kept.yaml(CHAMPION) or {}).get("encoder")
+    if wanted is None:  # continue, when there was no champion yet
+        return
     taken = tracker.of_bundle(ENCODER, wanted)
     if taken is None:
         plan.lacks(f"encoder {wanted[:12]}, which {CHAMPION} names: not registered")

@@ -20,7 +20,7 @@ from ringmo.registry.listing import resolve
 from ringmo.registry.origins import ENCODER, PATCH, STORE, SUMS, Origins
 from ringmo.registry.register import code_version, commit_known, stage_of
 from ringmo.registry.tracker import BUNDLE_FILES, Tracker, Version, bundle_hash
-from ringmo.workspace import Workspace
+from ringmo.workspace import CHAMPION, Workspace
 
 OK, BROKEN, NOT_HERE, NOT_READ = "ok", "broken", "not here", "not read"
 WEIGHTS, META = BUNDLE_FILES
@@ -55,10 +55,10 @@ def verify(workspace: Workspace, ref: str, deep: bool = False) -> list[Link]:
         raise BadInput(f"{ref} was never registered: there is nothing to compare it with")
     shards: dict[str, Outcome] = {}  # data version → what reading it found: once is enough
     links = _links(_Chain(workspace, tracker, version, shards), deep)
-    if version.model != ENCODER:
-        encoder = tracker.of_bundle(ENCODER, version.tags.get("encoder_hash"))
-        if encoder is not None:
-            links += _links(_Chain(workspace, tracker, encoder, shards), deep)
+    # Its encoder, and those that this one's pre-training started from.
+    while encoder := tracker.of_bundle(ENCODER, version.tags.get("encoder_hash")):
+        links += _links(_Chain(workspace, tracker, encoder, shards), deep)
+        version = encoder
     return links
 
 
@@ -155,6 +155,8 @@ class _Chain:
         if self.version.model != ENCODER:
             yield "evaluate: input", self._evaluated
             yield f"{self.stage}: encoder", self._encoder
+        elif self.bundle is not None and self.tags.get("encoder_hash"):
+            yield f"{self.stage}: start", self._start
         yield f"{self.stage}: inputs", self._inputs
         yield "selection", self._selection
         yield "tiles", self._tiles
@@ -280,6 +282,15 @@ class _Chain:
         if recorded is None:
             return NOT_HERE, f"dvc.lock does not say what {self.stage} read"
         return _same(f"{encoder}'s files and what {self.stage} read", found, recorded)
+
+    def _start(self) -> Outcome:
+        """The encoder that pre-training went on from: model.json, the tag and champion.yaml."""
+        assert self.bundle is not None
+        wanted = json.loads((self.bundle / META).read_text())["lineage"].get("encoder")
+        if wanted != self.tags.get("encoder_hash"):
+            return _same("model.json and the tag encoder_hash", wanted, self.tags["encoder_hash"])
+        named = (self.origins.yaml(CHAMPION) or {}).get("encoder")
+        return _same(f"model.json, the tag and {CHAMPION}", wanted, named)
 
     def _inputs(self) -> Outcome:
         """What the training read of the selection is what `select` wrote."""

@@ -43,7 +43,8 @@ KNN_TILES = 2000  # of each split, evenly chosen: enough for a figure, seconds t
 def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     """Train the encoder on work/select/pretrain.parquet and write it to out/encoder/.
 
-    With pretrain.refresh: champion, take the one that champion.yaml names.
+    With pretrain.refresh: champion, take the one that champion.yaml names; with continue, start
+    from it. Its decoder was not kept, and starts anew.
 
     Raises:
         BadInput: too few tiles or too small ones, a damaged selection, a batch that does not fit
@@ -57,7 +58,11 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     sensors = resolved(config, workspace)
     bands = {name: len(sensor.bands) for name, sensor in sensors.items()}
     selection_hash = engine.file_hash(selection)
-    init_hash = engine.file_hash(Path(settings.init)) if settings.init else None
+    start = _named(config, workspace) if settings.refresh == "continue" else None
+    if start is not None:
+        init_hash: str | None = start.hash
+    else:
+        init_hash = engine.file_hash(Path(settings.init)) if settings.init else None
     params = {
         "model": config.model.model_dump(mode="json"),
         "sensors": {name: sensor.described() for name, sensor in sensors.items()},
@@ -75,11 +80,15 @@ def pretrain(config: Config, workspace: Workspace, out: Path) -> Report:
     torch.manual_seed(settings.seed)
     model = pretraining_model(config.model, settings, bands)
     notes = []
-    if settings.init:
-        weights = timm_weights(Path(settings.init), config.model, config.select.sensor)
-        others = [name for name in sensors if name != config.select.sensor]
-        came = transfer(weights, model.encoder, settings.init, fresh=others)
-        notes.append(f"from {settings.init}: {came.matched} tensors ({came.parameters} values)")
+    if start is not None or settings.init:
+        if start is not None:
+            weights, known = start.encoder.state_dict(), set(start.sensors)
+            where = f"encoder {start.hash[:12]}"
+        else:
+            weights = timm_weights(Path(settings.init or ""), config.model, config.select.sensor)
+            where, known = str(settings.init), {config.select.sensor}
+        came = transfer(weights, model.encoder, where, fresh=sensors.keys() - known)
+        notes.append(f"from {where}: {came.matched} tensors ({came.parameters} values)")
     machine.place(model)
 
     def try_out(candidate: nn.Module, count: int) -> Tensor:
@@ -171,25 +180,36 @@ def _count(tiles: dict[str, SelectedTiles]) -> int:
     return sum(len(own) for own in tiles.values())
 
 
-def _taken(config: Config, workspace: Workspace, out: Path) -> Report:
-    """The encoder that champion.yaml names, as it is, in a training's place."""
+def _named(config: Config, workspace: Workspace) -> "bundle.Bundle | None":
+    """The encoder that champion.yaml names; None: it names none.
+
+    Raises:
+        BadInput: it is damaged, or of another architecture.
+    """
     wanted = configuration.read_yaml(workspace.root / CHAMPION)["encoder"]
     if wanted is None:
-        raise BadInput(f"{CHAMPION} names no encoder: `ringmo run` writes it from the registry")
-    taken = bundle.load(workspace.state / "bundles" / wanted)
-    if taken.hash != wanted:
-        raise BadInput(f"{taken.folder} is damaged: remove it, and `ringmo run` fetches it again")
-    where = "pretrain.refresh: champion: the champion encoder"
-    ours, theirs = config.model.model_dump(), taken.meta["architecture"]
-    other = [name for name in ours if theirs.get(name) != ours[name]]
-    if other:
+        return None
+    found = bundle.load(workspace.state / "bundles" / wanted)
+    if found.hash != wanted:
+        raise BadInput(f"{found.folder} is damaged: remove it, and `ringmo run` fetches it again")
+    ours, theirs = config.model.model_dump(), found.meta["architecture"]
+    if other := [name for name in ours if theirs.get(name) != ours[name]]:
         said = ", ".join(f"model.{name}={theirs.get(name)}" for name in other)
+        where = f"pretrain.refresh: {config.pretrain.refresh}: the champion encoder"
         raise BadInput(f"{where} is of another architecture: set {said}, or refresh: full")
-    missing = [name for name in config.pretrain.mix if name not in taken.meta["sensors"]]
-    if missing:
+    return found
+
+
+def _taken(config: Config, workspace: Workspace, out: Path) -> Report:
+    """The encoder that champion.yaml names, as it is, in a training's place."""
+    taken = _named(config, workspace)
+    if taken is None:
+        raise BadInput(f"{CHAMPION} names no encoder: `ringmo run` writes it from the registry")
+    if missing := [name for name in config.pretrain.mix if name not in taken.meta["sensors"]]:
+        where = "pretrain.refresh: champion: the champion encoder"
         raise BadInput(f"{where} does not read {', '.join(missing)} (pretrain.mix)")
     shutil.copytree(taken.folder, out / "encoder")
-    return Report("pretrain", figures={**taken.meta["figures"], "taken": wanted[:16]})
+    return Report("pretrain", figures={**taken.meta["figures"], "taken": taken.hash[:16]})
 
 
 @torch.no_grad()
