@@ -1,4 +1,4 @@
-"""pretrain.refresh: continue. New imagery trains the champion encoder further, and only new imagery."""
+"""pretrain.refresh: continue. New imagery trains the champion encoder further, and nothing else."""
 
 from pathlib import Path
 
