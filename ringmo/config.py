@@ -484,6 +484,21 @@ class Card(Section):
     grams_co2_per_kwh: Annotated[float, Field(ge=0)] | None = None
 
 
+class Monitoring(Section):
+    """share: of the tiles that are answered. tiles: of each side that are compared, at most.
+
+    quiet_days: after a drift was told, it is not told again.
+    """
+
+    share: Share = 0.1
+    pixels: bool = False
+    keep_days: Positive = 90
+    days: Positive = 7
+    tiles: Annotated[int, Field(ge=50, le=20_000)] = 2000
+    quiet_days: Annotated[float, Field(ge=0)] = 7
+    cron: str | None = None
+
+
 class Run(Section):
     side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
@@ -528,6 +543,7 @@ class Config(Section):
     gate: dict[str, Gate]
     promotion: Promotion = Promotion()
     card: Card = Card()
+    monitoring: Monitoring = Monitoring()
     run: Run
     schedule: Schedule
     versioning: Versioning
