@@ -485,16 +485,13 @@ class Card(Section):
 
 
 class Monitoring(Section):
-    """share: of the tiles that are answered. tiles: of each side that are compared, at most.
-
-    quiet_days: after a drift was told, it is not told again.
-    """
+    """share: of the tiles that are answered. quiet_days: after a drift was told, it is not told
+    again."""
 
     share: Share = 0.1
     pixels: bool = False
     keep_days: Positive = 90
     days: Positive = 7
-    tiles: Annotated[int, Field(ge=50, le=20_000)] = 2000
     quiet_days: Annotated[float, Field(ge=0)] = 7
     cron: str | None = None
 
