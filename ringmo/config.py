@@ -494,6 +494,7 @@ class Monitoring(Section):
     days: Positive = 7
     quiet_days: Annotated[float, Field(ge=0)] = 7
     cron: str | None = None
+    retrain: bool = False
 
 
 class Run(Section):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BINS = 30
-WIDE, HIGH = 300, 90  # pixels of a histogram
+WIDE, HIGH = 280, 90  # pixels of a histogram
 SIDE = 128  # of a picture
 BLUE, ORANGE = "#0072b2", "#d55e00"  # reference, production: Okabe and Ito's
 MEASURES = {"mean": "mean", "deviation": "deviation", "p2": "2nd percentile", "p98": "98th"}
@@ -284,6 +284,9 @@ def _cut(name: str, workspace: Workspace) -> NDArray[np.uint8] | None:
 
     from ringmo.config import Config
     from ringmo.data.colours import visible
+    from ringmo.data.decode import expect_no_coordinates
+
+    expect_no_coordinates()
 
     file, _, window = name.rpartition(record.WINDOW)
     path = Path(file or name)

@@ -17,7 +17,12 @@ CLASSES = {"change": ["unchanged", "changed"], "height": []}
 
 
 def write_model(
-    folder: Path, task: str, *, vit: bool = False, sensors: tuple[str, ...] = ("rgb",)
+    folder: Path,
+    task: str,
+    *,
+    vit: bool = False,
+    sensors: tuple[str, ...] = ("rgb",),
+    selection: str = "5e1ec7",
 ) -> Bundle:
     torch.manual_seed(5)
     model = Model.model_validate(VIT if vit else SWIN)
@@ -39,7 +44,7 @@ def write_model(
         "sensor": sensors[0],
         "classes": names,
         "generated": False,
-        "lineage": {"selection": "5e1ec7"},
+        "lineage": {"selection": selection},
         "figures": {},
     }
     bundle.write(folder, made, meta, example)
