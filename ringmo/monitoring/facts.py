@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
 PERCENTILES = (2, 50, 98)
-LOOKED_AT = 4096  # pixels of a band, evenly spread, of which percentiles are taken
+LOOKED_AT = 4096  # pixels of a tile, evenly spread, of which statistics are taken
 REMEMBERED = 512  # passes of the encoder that wait to be asked for
 HALF = 0.5  # probability from which on a tile has one of several classes
 
@@ -121,17 +121,19 @@ def of_tiles(
 
 def _statistics(name: str, pixels: NDArray[Any], sensor: Sensor) -> Columns:
     """Of pixels (n, bands, positions)."""
+    # An odd step, so that it is not the same few columns in every row.
+    step = -(-pixels.shape[2] // LOOKED_AT) | 1
+    pixels = pixels[:, :, ::step]
     known = np.isfinite(pixels).all(1) & (pixels != 0).any(1)
     columns: Columns = {f"nodata:{name}": 1 - known.mean(1)}
     values = input_values(pixels.astype(np.float32), sensor)
-    step = -(-values.shape[2] // LOOKED_AT)
     # Of a tile without any pixel that counts all pixels count: a dead sensor must be seen.
     known[~known.any(1)] = True
     if known.all():
-        few = np.percentile(values[:, :, ::step], PERCENTILES, axis=2)
+        few = np.percentile(values, PERCENTILES, axis=2)
         table = np.stack([values.mean(2), values.std(2), *few], 1)
     else:
-        table = np.stack([_measured(*one, step) for one in zip(values, known, strict=True)])
+        table = np.stack([_measured(*one) for one in zip(values, known, strict=True)])
     table = table.astype(np.float32)  # (n, measures, bands)
     measures = ("mean", "deviation", *(f"p{share}" for share in PERCENTILES))
     for i, measure in enumerate(measures):
@@ -139,10 +141,10 @@ def _statistics(name: str, pixels: NDArray[Any], sensor: Sensor) -> Columns:
     return columns
 
 
-def _measured(tile: NDArray[Any], known: NDArray[np.bool_], step: int) -> NDArray[Any]:
+def _measured(tile: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[Any]:
     """Of one tile (bands, positions): (measures, bands)."""
     whole = np.nan_to_num(tile[:, known], posinf=0, neginf=0)
-    few = np.percentile(whole[:, ::step], PERCENTILES, axis=1)
+    few = np.percentile(whole, PERCENTILES, axis=1)
     return np.stack([whole.mean(1), whole.std(1), *few])
 
 
