@@ -490,7 +490,7 @@ class Monitoring(Section):
 
     share: Share = 0.1
     pixels: bool = False
-    keep_days: Positive = 90
+    keep_days: Positive = 30
     days: Positive = 7
     quiet_days: Annotated[float, Field(ge=0)] = 7
     cron: str | None = None

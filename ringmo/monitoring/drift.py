@@ -18,8 +18,8 @@ from ringmo.workspace import Workspace
 if TYPE_CHECKING:
     import pandas as pd
 
+KNOWN = ("time", "name", "digest", "bundle", "version")  # of every row that was recorded
 UNUSUAL = 24  # tiles that are farthest from the reference
-SHOWN = 8  # rows of a test that the table and the page show
 
 
 @dataclass
@@ -122,13 +122,15 @@ def recorded(
             f"production has recorded nothing of {task} here ({where}): `ringmo predict` and "
             f"`ringmo serve` do so, unless monitoring.share is 0"
         )
+    files = [f for day, path in every if day >= since for f in sorted(path.glob("part-*.parquet"))]
     parts, unread = [], 0
-    for _, path in [(day, path) for day, path in every if day >= since]:
-        for file in sorted(path.glob("part-*.parquet")):
-            try:
-                parts.append(pd.read_parquet(file))
-            except (OSError, ValueError):
-                unread += 1
+    for number, file in enumerate(files):
+        try:
+            some = pd.read_parquet(file, columns=list(KNOWN))
+        except (OSError, ValueError):
+            unread += 1
+        else:
+            parts.append(some.assign(file=number, at=np.arange(len(some))))
     if unread:
         console.note(f"{unread} files of {where} could not be read and are left out")
     if not parts:
@@ -145,10 +147,15 @@ def recorded(
             f"name one with --model"
         )
     # A scene that was begun again, or pixels that were asked for twice.
-    own = own.dropna(axis=1, how="all").sort_values("time", kind="stable")
-    own = own.drop_duplicates(["name", "digest"], keep="last")
+    own = own.sort_values("time", kind="stable").drop_duplicates(["name", "digest"], keep="last")
     order = np.random.default_rng(0).permutation(len(own))[:MOST]
-    return own.iloc[np.sort(order)].reset_index(drop=True)
+    chosen = own.iloc[np.sort(order)]
+    # Only of these all columns: a month of production need not fit into memory.
+    whole = [
+        pd.read_parquet(files[int(number)]).iloc[some["at"].to_numpy()]
+        for number, some in chosen.groupby("file")
+    ]
+    return pd.concat(whole, ignore_index=True).dropna(axis=1, how="all")
 
 
 def said(finding: Finding) -> str:

@@ -239,6 +239,14 @@ def test_an_older_version_has_its_reference_made(
     assert "scene/2 has no reference" in failed(watched, capsys, "--model", "scene/2")
 
 
+def test_a_large_production_is_sampled(
+    watched: Workspace, champion: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produced(watched, champion)
+    monkeypatch.setattr("ringmo.monitoring.drift.MOST", 25)
+    assert drift(watched, capsys)[1]["tiles"]["production"] == 25
+
+
 def test_registering_again_changes_nothing(watched: Workspace) -> None:
     before = Tracker(watched).versions("scene")
     register(Config.load(watched.params_file), watched, "scene", {})
