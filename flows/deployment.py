@@ -1,12 +1,14 @@
-"""The schedule of params.yaml as deployments in Prefect, created again and again without twins."""
+"""The schedules of params.yaml as deployments in Prefect, created again and again without twins."""
 
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.events import DeploymentEventTrigger
 from prefect.types.entrypoint import EntrypointType
 
 from flows import pool
+from flows.drift import EVENT, WORKSPACE, ringmo_drift
 from flows.retrain import retrain
 from ringmo.config import Config
 from ringmo.errors import BadInput
@@ -18,32 +20,65 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
 
     Flows are deployed by module path, so that an installed package serves any workspace.
     """
-    schedules = []
-    if config.schedule.retrain:
-        try:
-            schedules = [
-                CronSchedule(cron=config.schedule.retrain, timezone=config.schedule.timezone)
-            ]
-        except ValueError as error:
-            raise BadInput(f"schedule.retrain: {config.schedule.retrain!r}: {error}") from None
+    scheduled = {
+        "schedule.retrain": config.schedule.retrain,
+        "monitoring.cron": config.monitoring.cron,
+    }
+    crons = {key: _schedules(config, key, cron) for key, cron in scheduled.items()}
     with get_client(sync_client=True) as client:
         name = workspace.root.name
-        made: Any = retrain.to_deployment(
-            name=name,
-            schedules=schedules,
-            parameters={"workspace": str(workspace.root), "reason": "schedule"},
-            work_pool_name=pool.ensure(client),
-            # One retraining at a time in a workspace; a second one waits.
-            concurrency_limit=1,
-            entrypoint_type=EntrypointType.MODULE_PATH,
-            job_variables={"working_dir": str(workspace.root)},
-        )
-        identifier = made.apply()
+        place: dict[str, Any] = {
+            "name": name,
+            "work_pool_name": pool.ensure(client),
+            # One at a time in a workspace; a second one waits.
+            "concurrency_limit": 1,
+            "entrypoint_type": EntrypointType.MODULE_PATH,
+            "job_variables": {"working_dir": str(workspace.root)},
+        }
+        root = str(workspace.root)
+        made: dict[str, tuple[Any, str | None]] = {
+            "retrain": (
+                retrain.to_deployment(
+                    schedules=crons["schedule.retrain"],
+                    triggers=[_on_drift(root)] if config.monitoring.retrain else [],
+                    parameters={"workspace": root, "reason": "schedule"},
+                    **place,
+                ),
+                config.schedule.retrain,
+            ),
+            "ringmo-drift": (
+                ringmo_drift.to_deployment(
+                    schedules=crons["monitoring.cron"], parameters={"workspace": root}, **place
+                ),
+                config.monitoring.cron,
+            ),
+        }
+        ids = {flow: deployment.apply() for flow, (deployment, _) in made.items()}
         url = str(client.api_url).removesuffix("/").removesuffix("/api")
     return [
         {
-            "deployment": f"retrain/{name}",
-            "schedule": config.schedule.retrain,
-            "url": f"{url}/deployments/deployment/{identifier}",
+            "deployment": f"{flow}/{name}",
+            "schedule": cron,
+            "url": f"{url}/deployments/deployment/{ids[flow]}",
         }
+        for flow, (_, cron) in made.items()
     ]
+
+
+def _schedules(config: Config, key: str, cron: str | None) -> list[Any]:
+    if not cron:
+        return []
+    try:
+        return [CronSchedule(cron=cron, timezone=config.schedule.timezone)]
+    except ValueError as error:
+        raise BadInput(f"{key}: {cron!r}: {error}") from None
+
+
+def _on_drift(root: str) -> Any:
+    """A retraining for each event that tells of a drift in this workspace."""
+    return DeploymentEventTrigger(
+        name=f"retrain {root} after a drift",
+        expect={EVENT},
+        match={WORKSPACE: root},
+        parameters={"workspace": root, "reason": "drift"},
+    )

@@ -229,6 +229,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
     )
 
+    drift = verb("drift", _drift, "does production still look as the model's test tiles do")
+    task_argument(drift)
+    drift.add_argument("--model", metavar="REF", help="e.g. scene/7; default: the champion")
+    when = drift.add_mutually_exclusive_group()
+    when.add_argument("--days", type=int, metavar="N", help="default: monitoring.days")
+    when.add_argument("--since", metavar="DATE", help="from this day on, as 2026-11-20")
+    drift.add_argument("--html", metavar="FILE", help="the report as a page to look at")
+
     embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
     embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
     embed.add_argument("--out", metavar="FILE", required=True, help="GeoParquet, e.g. t.parquet")
@@ -739,6 +747,20 @@ def _card(arguments: Arguments) -> None:
     _, workspace = _open(arguments)
     told = card.write(workspace, arguments.ref, Path(arguments.out) if arguments.out else None)
     console.result(told, card.text(told))
+
+
+def _drift(arguments: Arguments) -> int:
+    from ringmo.monitoring import drift, drift_page
+
+    config, workspace = _open(arguments)
+    of = arguments.model, arguments.days, arguments.since
+    found = drift.drift(config, workspace, arguments.task, *of)
+    page = None
+    if arguments.html:
+        page = str(Path(arguments.html).resolve())
+        drift_page.write(found, Path(arguments.html), workspace)
+    console.result(drift.result(found, page), drift.text(found, page))
+    return 1 if found.drifted else 0
 
 
 def _predict(arguments: Arguments) -> int:

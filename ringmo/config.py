@@ -490,6 +490,19 @@ class Card(Section):
     grams_co2_per_kwh: Annotated[float, Field(ge=0)] | None = None
 
 
+class Monitoring(Section):
+    """share: of the tiles that are answered. quiet_days: after a drift was told, it is not told
+    again."""
+
+    share: Share = 0.1
+    pixels: bool = False
+    keep_days: Positive = 30
+    days: Positive = 7
+    quiet_days: Annotated[float, Field(ge=0)] = 7
+    cron: str | None = None
+    retrain: bool = False
+
+
 class Run(Section):
     side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
@@ -534,6 +547,7 @@ class Config(Section):
     gate: dict[str, Gate]
     promotion: Promotion = Promotion()
     card: Card = Card()
+    monitoring: Monitoring = Monitoring()
     run: Run
     schedule: Schedule
     versioning: Versioning

@@ -36,6 +36,7 @@ VERBS = {
     "reproduce": {"--to"},
     "card": {"--out"},
     "predict": {"--model", "--top", "--out", "--with"},
+    "drift": {"--model", "--days", "--since", "--html"},
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
 }

@@ -23,8 +23,10 @@ from ringmo.evaluation.behaviour import TILES, behaviour
 from ringmo.evaluation.measuring import answered, answers_of, batches, measured, trivial
 from ringmo.evaluation.metrics import Interval, Measure
 from ringmo.evaluation.pictures import Curve
+from ringmo.monitoring import reference
 from ringmo.registry import bundle
 from ringmo.registry.bundle import Bundle
+from ringmo.registry.register import REFERENCE
 from ringmo.stage import Report, parameters, write_json
 from ringmo.tasks.base import Evidence, Task
 from ringmo.training.engine import file_hash
@@ -39,7 +41,8 @@ ECE = "ece"  # the expected calibration error
 def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Report:
     """Compare work/finetune-TASK/model with work/scratch-TASK/model on the test tiles.
 
-    Writes out/evidence.npz (what every figure comes from, an array a name, rows in the order of
+    Writes out/reference.parquet (what production is compared with: `monitoring.reference`),
+    out/evidence.npz (what every figure comes from, an array a name, rows in the order of
     its `key`), per_class.json, predictions.parquet and pictures: best.png, typical.png,
     worst.png, confusion.png, precision_recall.png, reliability.png, behaviour.png, where the
     task has what they show.
@@ -123,6 +126,7 @@ def evaluate(config: Config, workspace: Workspace, out: Path, task: str) -> Repo
     )
     keys = np.array(test.keys(np.arange(len(test))))
     np.savez_compressed(out / "evidence.npz", allow_pickle=False, key=keys, **evidence)
+    reference.write(out / REFERENCE, model, workspace, selection)
     _predictions(out, model, scratch, test, evidence, from_scratch)
     _pictures(out, config, model, test, evidence)
     pictures.drops(

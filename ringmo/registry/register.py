@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
 ENCODER = origins.ENCODER
+REFERENCE = "reference.parquet"  # what production is compared with (`monitoring.reference`)
 CODE = ("ringmo", "flows", "pyproject.toml", "constraints.txt")  # what a source patch covers
 
 
@@ -109,6 +110,8 @@ def _create(
             (folder / "evaluation").mkdir()
             for path in [*evaluated.glob("*.png"), *evaluated.glob("*.json")]:
                 (folder / "evaluation" / path.name).write_bytes(path.read_bytes())
+            if (evaluated / REFERENCE).is_file():
+                (folder / REFERENCE).write_bytes((evaluated / REFERENCE).read_bytes())
         tracker.log_folder(run_id, folder, name)
     tracker.tag_run(run_id, {"bundle_hash": model.hash})
     source = f"{tracker.artifact_uri(run_id).rstrip('/')}/{name}"

@@ -117,6 +117,13 @@ def test_three_colours_are_learnt_and_told(filled: Any) -> None:
     assert 0 <= figures["test_ece_low"] <= figures["test_ece_high"]
     assert figures["test_ece"] == pytest.approx(abs(confidence.mean() - right.mean()), abs=0.05)
     json.dumps(reports["evaluate"].figures, allow_nan=False)
+    # What production is compared with says the same, and of the validation tiles too.
+    expected = pd.read_parquet(folder / "reference.parquet")
+    assert expected["split"].value_counts().to_dict() == {"val": 12, "test": 12}
+    expected = expected[expected["split"] == "test"].set_index("key").loc[predictions["key"]]
+    said = expected[[f"class:{name}" for name in made_store.COLOURS]].idxmax(axis=1)
+    assert said.str.removeprefix("class:").tolist() == predictions["predicted"].tolist()
+    assert expected["confidence"].to_numpy() == pytest.approx(confidence, abs=1e-4)
     assert {path.name for path in folder.glob("*.png")} == {
         *("best.png", "typical.png", "worst.png", "confusion.png", "precision_recall.png"),
         *("reliability.png", "behaviour.png"),
