@@ -175,6 +175,8 @@ class Server:
         form = formats.accepted(request.headers.get("accept"))
         if several and form != formats.JSON:
             raise Refused(406, f"several models answer with {formats.JSON}")
+        for slot in slots:
+            formats.check(form, slot.loaded)
         as_picture = request.query_params.get("picture") in ("1", "true")
         # From here on the versions stay the same, whatever the aliases do.
         loaded = [slot.loaded for slot in slots]
@@ -269,8 +271,8 @@ class Server:
 
     async def _refused(self, request: Request, label: str, refused: Refused) -> Response:
         self.measures.requests.labels(label, refused.status).inc()
-        await _linger(request)
-        return _error(refused.status, str(refused))
+        whole = await _linger(request)
+        return _error(refused.status, str(refused), close=not whole)
 
 
 def application(server: Server, token: str | None, host: str) -> Any:
@@ -406,7 +408,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and (refused := self._refused(scope)) is not None:
-            await _linger(Request(scope, receive))
+            if not await _linger(Request(scope, receive)):
+                refused.headers["Connection"] = "close"
             await refused(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -434,8 +437,10 @@ def _given(body: bytes) -> dict[str, bytes | SceneOf]:
     try:
         asked = Asked.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
+        # Of what is neither text nor a scene, what the scene lacks.
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        parts = [str(part) for part in first["loc"] if part not in ("str", "SceneOf")]
+        where = ".".join(parts)[:100]
         raise Refused(422, f"JSON: {where + ': ' if where else ''}{first['msg'][:200]}") from None
     given = asked.images if asked.images is not None else {"": asked.image}
     found: dict[str, bytes | SceneOf] = {}
@@ -482,17 +487,24 @@ def _content(
     return json.dumps(answer, ensure_ascii=False).encode()
 
 
-async def _linger(request: Request) -> None:
-    """Read on for a moment: whoever is still sending would otherwise not hear the answer."""
+async def _linger(request: Request) -> bool:
+    """Read on for a moment: whoever is still sending would otherwise not hear the answer.
+
+    Returns:
+        Whether the body came to its end.
+    """
     size = 0
     try:
         async with asyncio.timeout(LINGER_S):
             async for part in request.stream():
                 size += len(part)
                 if size > LINGER_BYTES:
-                    return
-    except (TimeoutError, ClientDisconnect, RuntimeError):  # gone, or it was read already
-        return
+                    return False
+    except (TimeoutError, ClientDisconnect):
+        return False
+    except RuntimeError:  # it was read already
+        return True
+    return True
 
 
 def _unknown(name: str, slots: Mapping[str, Slot]) -> Refused:
@@ -507,7 +519,9 @@ def _state(good: bool, yes: str, no: str) -> Response:
     )
 
 
-def _error(status: int, text: str) -> Response:
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+def _error(status: int, text: str, *, close: bool = False) -> Response:
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if close:  # else the rest of a body would be read, and thrown away, for as long as it comes
+        headers["Connection"] = "close"
     content = json.dumps({"error": text, "status": status}, ensure_ascii=False)
     return Response(content, status, media_type="application/json", headers=headers)

@@ -24,6 +24,7 @@ from ringmo.inference.server.sharing import together
 from ringmo.inference.whole_images import Prepared, raw_answers
 
 WAIT_S = 0.004  # for requests that are on their way
+LAST_BATCH_S = 5.0  # at the end, when every request has its answer
 BATCH_SIDE = 1024  # pixels: a batch of larger images has as many as make a batch of these
 
 
@@ -67,11 +68,12 @@ class Engine:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the thread once its queues are empty."""
+        """End the thread once its queues are empty. A batch that nobody waits for any longer, since
+        its time was over, is not waited for either."""
         with self._changed:
             self._ending = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(LAST_BATCH_S)
 
     def expect(self, more: int) -> None:
         """So many more requests, or fewer, are on their way."""
@@ -127,6 +129,7 @@ class Engine:
         models = jobs[0].models
         images = [job.image for job in jobs]
         told: list[Any] = []
+        before = models[0].shared.spared
         try:
             with together([model.shared for model in models]):
                 for model in models:
@@ -144,6 +147,7 @@ class Engine:
             console.note(f"serve: {models[0].version}: {type(error).__name__}: {error}")
             self._deliver(jobs, error)
             return
+        self.measures.spared.inc(models[0].shared.spared - before)
         self._deliver(jobs, told)
 
     def _deliver(self, jobs: Sequence[Job], told: list[Any] | Exception) -> None:

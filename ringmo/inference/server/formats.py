@@ -39,28 +39,32 @@ def accepted(accept: str | None) -> str:
     raise Refused(406, f"Accept: {accept}: there are {', '.join(FORMS)}")
 
 
+def check(form: str, model: Loaded) -> None:
+    """Whether a model's answers have this form.
+
+    Raises:
+        Refused: they have not, and which they have.
+    """
+    task = model.task
+    maps = (PNG, TIFF) if "mask" in task.parts or "height" in task.parts else ()
+    there = (JSON, *((GEOJSON,) if "height" not in task.parts else ()), *maps)
+    if form not in there:
+        raise Refused(406, f"{model.name} answers with {', '.join(there)}")
+
+
 def written(form: str, model: Loaded, told: Any, pictures: Mapping[str, Picture]) -> bytes:
     """One model's answer to one request.
 
     Args:
-        told: probabilities (classes,), or a dict, for the image's own pixels. pictures: what was
-            asked about, by what it is of.
-
-    Raises:
-        Refused: this task's answers have no such form.
+        form: one that `check` lets pass. told: probabilities (classes,), or a dict, for the
+            image's own pixels. pictures: what was asked about, by what it is of.
     """
     first = next(iter(pictures.values()))
     if form == JSON:
         return json.dumps(as_json(model, told), ensure_ascii=False).encode()
     if form == GEOJSON:
         return json.dumps(_geojson(model, told, first), ensure_ascii=False).encode()
-    what = (
-        next((name for name in ("mask", "height") if name in told), None)
-        if isinstance(told, dict)
-        else None
-    )
-    if what is None:
-        raise Refused(406, f"{model.name} answers with {JSON} and {GEOJSON}, not with an image")
+    what = "mask" if "mask" in told else "height"
     return _png(model, told) if form == PNG else _geotiff(model, told[what], what, first)
 
 
@@ -78,6 +82,7 @@ def as_json(model: Loaded, told: Any) -> dict[str, Any]:
         return answer | {"label": best, "confidence": ranked[best], "probabilities": ranked}
     answer |= summed_up(told, classes)
     if "boxes" in told:
+        answer["legend"] = {name: _hex(colour(i + 1)) for i, name in enumerate(classes)}
         return answer | {"boxes": [_box(box) for box in told["boxes"]]}
     if "mask" in told:
         answer["legend"] = {name: _hex(colour(i)) for i, name in enumerate(classes)}
@@ -129,13 +134,11 @@ def _geojson(model: Loaded, told: Any, picture: Picture) -> dict[str, Any]:
             )
             for one in map(_box, told["boxes"])
         ]
-    elif "mask" in told:
+    else:
         from rasterio.features import shapes
 
         areas = shapes(told["mask"], mask=told["mask"] != UNKNOWN)
         found = [(shape(area), {"class": classes[int(value)]}) for area, value in areas]
-    else:
-        raise Refused(406, f"{model.name} answers with {JSON}, {PNG} and {TIFF}")
     features = [
         {"type": "Feature", "geometry": mapping(_placed(area, picture)), "properties": about}
         for area, about in found

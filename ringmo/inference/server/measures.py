@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 if TYPE_CHECKING:
     from ringmo.inference.server.models import Loaded
@@ -15,6 +22,7 @@ class Measures:
     """A registry of its own, so that two servers in one process do not share figures."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         own = self.registry
         self.requests = Counter(
@@ -35,6 +43,11 @@ class Measures:
         )
         self.model_seconds = Counter(
             "ringmo_model_seconds", "Time that the model computed", ("model",), registry=own
+        )
+        self.spared = Counter(
+            "ringmo_encoder_images_spared",
+            "Images that an encoder did not pass again for a further model",
+            registry=own,
         )
         self.queue = Gauge("ringmo_queue_length", "Images that wait for the models", registry=own)
         self.within = Gauge(
