@@ -39,8 +39,11 @@ CLIENTS = (1, 8, 64)
 GOAL = {1: None, 8: 2.0, 64: 2.0}
 SIDE, IMAGES, CORES = 150, 256, 2
 SECONDS, TRIED_SECONDS, WARM_S = 6.0, 3.0, 1.0
-# Worker processes and PyTorch's threads in each, tried for the peer.
-PEERS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
+# Processes and PyTorch's threads in each, tried for both; ours is one process always.
+TRIED = {
+    "ours": [("ours", 1, 1), ("ours", 1, 2)],
+    "mlflow": [("mlflow", w, t) for w, t in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))],
+}
 START_S = 240
 RECIPE = "small"
 
@@ -73,36 +76,38 @@ def rows(bench: Bench) -> None:
             seconds=seconds,
         )
 
-    peers = PEERS[:1] if brief else PEERS
-    seconds = 0.5 if brief else SECONDS
-    tried = {p: once("mlflow", *p, 0.5 if brief else TRIED_SECONDS) for p in peers} if made else {}
+    settings = [
+        setting for name in TRIED for setting in (TRIED[name][:1] if brief else TRIED[name])
+    ]
+    long, short = (0.5, 0.5) if brief else (SECONDS, TRIED_SECONDS)
+    tried = {setting: once(*setting, short) for setting in settings} if made else {}
     if not made or not all(tried.values()):
         for row in named.values():
             row.note = "not measured: failed, see below"
         return
-    best = {n: max(peers, key=lambda p: tried[p]["rate"][str(n)]) for n in CLIENTS}
-    runs: dict[Any, list[dict[str, Any]]] = {"ours": [], **{p: [] for p in best.values()}}
+    best = {
+        (who, n): max(
+            (one for one in settings if one[0] == who), key=lambda s: tried[s]["rate"][str(n)]
+        )
+        for who in TRIED
+        for n in CLIENTS
+    }
+    runs: dict[Any, list[dict[str, Any]]] = {setting: [] for setting in best.values()}
     for _ in range(bench.rounds):
-        for contender in runs:
-            found = (
-                once("ours", 1, CORES, seconds)
-                if contender == "ours"
-                else once("mlflow", *contender, seconds)
-            )
-            if found:
-                runs[contender].append(found)
+        for setting in runs:
+            if found := once(*setting, long):
+                runs[setting].append(found)
     for count, row in named.items():
-        ours, peer = runs["ours"], runs[best[count]]
+        ours, peer = (runs[best[who, count]] for who in TRIED)
         if not ours or not peer:
             row.note = "not measured: failed, see below"
             continue
         _compare(row, count, ours, peer)
-        workers, threads = best[count]
-        row.note += (
-            f"; mlflow: {workers} workers of {threads} threads, the best of "
-            f"{', '.join(f'{w}×{t}' for w, t in peers)}; ours: {ours[0]['settings']}; "
-            f"{made['about']}"
-        )
+        for who in TRIED:
+            _, workers, threads = best[who, count]
+            of = ", ".join(f"{w}×{t}" for name, w, t in settings if name == who)
+            row.note += f"; {who}: {workers}×{threads} (processes × threads), the best of {of}"
+        row.note += f"; {made['about']}"
 
 
 def _title(clients: int) -> str:
@@ -189,10 +194,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
         path, health, kind = "/predict/scene", "/ready", "image/jpeg"
         command += ["ringmo", "serve", "--model", str(folder / "bundle"), "--port", str(port)]
         command += ["--workspace", str(folder / "workspace")]
-        path = "/predict/bundle"
         bodies = images
-        settings = "1 process, --batch-size 32, OMP_NUM_THREADS unset"
-        environment.pop("OMP_NUM_THREADS")
     else:
         path, health, kind = "/invocations", "/ping", "application/json"
         command += ["mlflow", "models", "serve", "-m", str(folder / "pyfunc"), "--port", str(port)]
@@ -201,7 +203,6 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
             json.dumps({"dataframe_records": [{"image": base64.b64encode(i).decode()}]}).encode()
             for i in images
         ]
-        settings = f"{spec['workers']} workers, OMP_NUM_THREADS={spec['threads']}"
     requests = [
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: {kind}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -230,7 +231,7 @@ def serve(spec: dict[str, Any]) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
     _same(folder, said, contender)
-    return {"rate": rate, "p50_ms": p50, "p99_ms": p99, "settings": settings}
+    return {"rate": rate, "p50_ms": p50, "p99_ms": p99}
 
 
 def _wait(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -242,6 +242,13 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         serve.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
 
+    export = verb(
+        "export", _export, "write a model for programs without ringmo: ONNX, torch.export"
+    )
+    export.add_argument("ref", metavar="REF", help="e.g. scene@champion, segmentation/2, a folder")
+    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="default: onnx")
+    export.add_argument("--out", metavar="FILE", required=True, help="e.g. scene.onnx, scene.pt2")
+
     embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
     embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
     embed.add_argument("--out", metavar="FILE", required=True, help="GeoParquet, e.g. t.parquet")
@@ -799,6 +806,14 @@ def _serve(arguments: Arguments) -> None:
         poll_s=arguments.poll,
         device=_device(arguments.device),
     )
+
+
+def _export(arguments: Arguments) -> None:
+    from ringmo.inference import export
+
+    _, workspace = _open(arguments)
+    done = export.export(workspace, arguments.ref, arguments.format, Path(arguments.out))
+    console.result(done, export.text(done))
 
 
 def _device(chosen: str) -> str:

@@ -88,8 +88,12 @@ class Chromium:
 
     def wait(self, condition: str, seconds: float = 60) -> None:
         limit = time.monotonic() + seconds
-        while not self.value(f"Boolean({condition})"):
-            assert time.monotonic() < limit, f"{condition}: {self.value('document.body.innerText')}"
+        # Before the page is there, nothing in it is.
+        asked = f"(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"
+        while not self.value(asked):
+            assert time.monotonic() < limit, (
+                f"{condition}: {self.value('document.body?.innerText')}"
+            )
             time.sleep(0.1)
 
     def choose(self, selector: str, path: Path) -> None:

@@ -330,7 +330,9 @@ def application(server: Server, token: str | None, host: str) -> Any:
     }
     picture = Annotated[bool, Query(description="also the image as people see it, a PNG in base64")]
 
-    @app.post("/predict/{name}", openapi_extra=body, responses=answers, summary="Ask one model")
+    @app.post(
+        "/predict/{name:path}", openapi_extra=body, responses=answers, summary="Ask one model"
+    )
     async def predict_one(name: str, request: Request, picture: picture = False) -> Response:
         if name not in slots:
             return await server._refused(request, "unknown", _unknown(name, slots))

@@ -220,20 +220,29 @@ def _warm(loaded: Loaded) -> None:
 
 
 def _named(refs: Sequence[str]) -> dict[str, str]:
-    """What each model is asked by: its registered name, or all of the reference where two of one
-    name are served; of a folder its last part.
+    """What each model is asked by: its registered name, of a folder its task; where two would have
+    one name, the reference as it was given, or the folder's name.
 
     Raises:
-        BadInput: the same twice.
+        BadInput: the same twice, or no bundle.
     """
     if len(set(refs)) < len(refs):
         raise BadInput("--model: the same model twice")
-    short = [_short(ref) for ref in refs]
-    names = [name if short.count(name) == 1 else ref for name, ref in zip(short, refs, strict=True)]
+    choices = [_names(ref, number) for number, ref in enumerate(refs, 1)]
+    names = [first for first, *_ in choices]
+    for level in (1, 2):
+        names = [
+            name if names.count(name) == 1 else choice[level]
+            for name, choice in zip(names, choices, strict=True)
+        ]
     return dict(zip(names, refs, strict=True))
 
 
-def _short(ref: str) -> str:
-    if Path(ref).is_dir() and not re.fullmatch(r"[a-z_-]+(@[a-z]+|/\d+)", ref):
-        return Path(ref).resolve().name
-    return re.split("[@/]", ref)[0]
+def _names(ref: str, number: int) -> tuple[str, str, str]:
+    """From the shortest to one that no other has."""
+    from ringmo.registry.bundle import META, load_meta
+
+    if (Path(ref) / META).is_file():
+        own = Path(ref).resolve().name
+        return load_meta(Path(ref))["kind"], own, f"{own}-{number}"
+    return re.split("[@/]", ref)[0], ref, ref
