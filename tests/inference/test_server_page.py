@@ -42,6 +42,14 @@ def grey(page: Chromium) -> bool:
     )
 
 
+def set_strength(page: Chromium, share: int) -> None:
+    """The overlay's slider, as a person moves it."""
+    page.value(
+        f"(() => {{ const s = document.getElementById('strength'); s.value = {share};"
+        "s.dispatchEvent(new Event('input')); })()"
+    )
+
+
 def test_every_task_s_answer_is_drawn(served: Served, tmp_path: Path) -> None:
     plain = np.full((40, 50, 3), 128, np.uint8)  # what is coloured then is the answer
     Image.fromarray(plain).save(tmp_path / "grey.png")
@@ -77,11 +85,10 @@ def test_every_task_s_answer_is_drawn(served: Served, tmp_path: Path) -> None:
                 drawn = page.value("shown.told.boxes.some((box) => box.score >= 0.5)")
             assert grey(page) != drawn, kind
             if kind in ("segmentation", "height"):
-                page.value(
-                    "(() => { const s = document.getElementById('strength');"
-                    "s.value = 0; s.oninput(); })()"
-                )
+                set_strength(page, 0)
                 assert grey(page)
+                set_strength(page, 50)
+                assert not grey(page)
 
         page.choose(".drop input", tmp_path / "no.png")
         page.wait("document.body.dataset.state === 'error'")
