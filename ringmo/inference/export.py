@@ -94,6 +94,12 @@ def export(workspace: Workspace, ref: str, form: str, out: Path) -> dict[str, An
                 f"{TOLERANCE:g}): nothing is written"
             )
         temporary.replace(out)
+    except BadInput:
+        raise
+    # PyTorch's exporters and onnxruntime have no common error.
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BadInput(f"{ref}: this architecture is not exported to {form}: {line}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return {
