@@ -237,6 +237,36 @@ def build_parser() -> argparse.ArgumentParser:
     when.add_argument("--since", metavar="DATE", help="from this day on, as 2026-11-20")
     drift.add_argument("--html", metavar="FILE", help="the report as a page to look at")
 
+    serve = verb("serve", _serve, "answer over HTTP, and follow the champions as they change")
+    serve.add_argument(
+        "--model",
+        metavar="REF",
+        action="append",
+        help="may be given again; default: scene@champion",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
+    serve.add_argument(
+        "--root", metavar="DIR", help="scenes below it may be named in place of an image"
+    )
+    serve.add_argument("--device", default="auto", help="cuda, cpu; default: a GPU where one is")
+    for name, default, text in (
+        ("--batch-size", 32, "images that a model is given at a time"),
+        ("--queue", 128, "requests within at a time; further ones are told to come again"),
+        ("--max-body", 32_000_000, "bytes"),
+        ("--max-side", 2048, "pixels of an image's side"),
+        ("--time-limit", 30, "seconds for a request"),
+        ("--poll", 5, "seconds between two looks at the registry"),
+    ):
+        serve.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
+
+    export = verb(
+        "export", _export, "write a model for programs without ringmo: ONNX, torch.export"
+    )
+    export.add_argument("ref", metavar="REF", help="e.g. scene@champion, segmentation/2, a folder")
+    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="default: onnx")
+    export.add_argument("--out", metavar="FILE", required=True, help="e.g. scene.onnx, scene.pt2")
+
     embed = verb("embed", _embed, "write an encoder's features of every tile, with footprints")
     embed.add_argument("source", metavar="SOURCE", help="a file, folder or glob; store: all tiles")
     embed.add_argument("--out", metavar="FILE", required=True, help="GeoParquet, e.g. t.parquet")
@@ -780,6 +810,52 @@ def _predict(arguments: Arguments) -> int:
     )
     console.result({"predictions": answers}, predict.text(answers))
     return 0
+
+
+def _serve(arguments: Arguments) -> None:
+    from ringmo.inference.server import running
+    from ringmo.inference.server.app import Limits
+
+    numbers = {n: getattr(arguments, n) for n in ("batch_size", "queue", "max_body", "max_side")}
+    for name, value in {
+        **numbers,
+        "time_limit": arguments.time_limit,
+        "poll": arguments.poll,
+    }.items():
+        if value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: at least 1")
+    _, workspace = _open(arguments)
+    running.serve(
+        workspace,
+        arguments.model or ["scene@champion"],
+        host=arguments.host,
+        port=arguments.port,
+        root=Path(arguments.root) if arguments.root else None,
+        limits=Limits(
+            arguments.queue, arguments.max_body, arguments.max_side, arguments.time_limit
+        ),
+        batch_size=arguments.batch_size,
+        poll_s=arguments.poll,
+        device=_device(arguments.device),
+    )
+
+
+def _export(arguments: Arguments) -> None:
+    from ringmo.inference import export
+
+    _, workspace = _open(arguments)
+    done = export.export(workspace, arguments.ref, arguments.format, Path(arguments.out))
+    console.result(done, export.text(done))
+
+
+def _device(chosen: str) -> str:
+    import torch
+
+    if chosen == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen not in ("cuda", "cpu") or (chosen == "cuda" and not torch.cuda.is_available()):
+        raise BadInput(f"--device {chosen}: cpu, or cuda where there is a GPU")
+    return chosen
 
 
 def _embed(arguments: Arguments) -> None:

@@ -36,6 +36,9 @@ PREFECT_AUTH = Variable(
 WEBHOOK_SECRET = Variable(
     "RINGMO_WEBHOOK_SECRET", str, "signs what promotion.webhook is sent", secret=True
 )
+SERVE_TOKEN = Variable(
+    "RINGMO_SERVE_TOKEN", str, "what `ringmo serve` wants to hear from whoever asks", secret=True
+)
 
 VARIABLES = (
     WORKSPACE,
@@ -43,6 +46,7 @@ VARIABLES = (
     PREFECT_API_URL,
     PREFECT_AUTH,
     WEBHOOK_SECRET,
+    SERVE_TOKEN,
     Variable("MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"),
     Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True),
     Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", int, "seconds to wait for MLflow's answer (30)"),

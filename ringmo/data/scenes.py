@@ -174,8 +174,8 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
     if form is None:
         raise BadInput("not an image (JPEG, PNG and TIFF are read)" if head else "empty file")
     if form == "tif":
-        with _opened(path) as file:
-            _refuse_odd(file)
+        with opened(path) as file:
+            refuse_odd(file)
             numbers = decode.colour_bands(file)
             names = [file.descriptions[number - 1] for number in numbers]
             name = sensor_of(len(numbers), file.dtypes[0], sensors, sensor, names)
@@ -215,7 +215,7 @@ def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Itera
     Raises:
         BadInput: a part of the scene cannot be read.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         yield from _cut(_Scene(path, file), windows, max_nodata_share)
 
 
@@ -225,8 +225,8 @@ def georeference(path: Path) -> tuple[Any, Any]:
     Raises:
         BadInput: it cannot be opened.
     """
-    with _opened(path) as file:
-        return _georeference(file)
+    with opened(path) as file:
+        return placing(file)
 
 
 def grid(path: Path) -> tuple[tuple[int, int], Any, Any]:
@@ -235,8 +235,8 @@ def grid(path: Path) -> tuple[tuple[int, int], Any, Any]:
     Raises:
         BadInput: it cannot be opened.
     """
-    with _opened(path) as file:
-        return ((file.height, file.width), *_georeference(file))
+    with opened(path) as file:
+        return ((file.height, file.width), *placing(file))
 
 
 def apart(size: tuple[int, int], one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
@@ -299,7 +299,7 @@ def _refuse_bomb(path: Path, raw: int) -> None:
         raise BadInput("decompression bomb: far more pixels than its bytes account for")
 
 
-def _refuse_odd(file: Any) -> None:
+def refuse_odd(file: Any) -> None:
     """Set aside what is no picture of brightness, or none that can be read in bounded memory."""
     if file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS") == "1":
         raise BadInput("one bit a pixel: no imagery")
@@ -319,7 +319,7 @@ def _refuse_odd(file: Any) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     import rasterio
     from rasterio.errors import RasterioError
 
@@ -445,7 +445,7 @@ class _Scene:
         # A mask that a tile's own bands say: a nodata value, or an alpha band.
         self.says_gaps = any(MaskFlags.nodata in f or MaskFlags.alpha in f for f in flags)
         self.acquired = _iso(file.tags().get("TIFFTAG_DATETIME"))
-        self.transform, self.crs = _georeference(file)
+        self.transform, self.crs = placing(file)
         self.crs_text = None if self.crs is None else self.crs.to_string()
         self.unit_m = math.nan if self.crs is None else _metres(self.crs)
 
@@ -541,7 +541,7 @@ class _Part:
         return None if valid is None or valid.all() else valid
 
 
-def _georeference(file: Any) -> tuple[Any, Any]:
+def placing(file: Any) -> tuple[Any, Any]:
     """Affine transform and reference system; both None where the file gives no usable pair.
 
     Of ground control points without a transform, the affine fit.

@@ -1,11 +1,13 @@
 """A model's answers for images of any size, each for the image's own pixels."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ringmo.data.decode import Pixels
 from ringmo.data.loading import padded, square
@@ -17,21 +19,76 @@ if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle, Image
 
 
-@torch.inference_mode()
+@dataclass
+class Prepared:
+    """One image as a model reads it, and what brings an answer back to its own pixels.
+
+    tensors: (bands, S, S), as decoded, by what they are of. height, width: of the image. factor:
+    pixels of the image that one of the tensors' stands for.
+    """
+
+    tensors: dict[str, Tensor]
+    height: int
+    width: int
+    factor: float
+
+    @property
+    def side(self) -> int:
+        """S; images of one side can be answered for together."""
+        return int(next(iter(self.tensors.values())).shape[-1])
+
+    def same_as(self, other: "Prepared") -> bool:
+        """Whether a model would read the very same."""
+        mine, its = self.tensors, other.tensors
+        return mine.keys() == its.keys() and all(torch.equal(mine[n], its[n]) for n in mine)
+
+
 def predict(bundle: "Bundle", task: Task, images: Sequence["Image"], batch_size: int) -> Any:
     """`Bundle.predict`: of scenes an array (N, classes), else one dict an image."""
     named = [_named(bundle, task, image) for image in images]
     if task.padded:
-        return [_of_one(bundle, task, image) for image in named]
+        return [answered(bundle, task, [_prepared(bundle, task, one)])[0] for one in named]
     told = [np.zeros((0, len(bundle.classes)), np.float32)]
     for start in range(0, len(named), batch_size):
-        chunk = named[start : start + batch_size]
-        size = read_size(bundle.meta)
-        batch = {
-            name: torch.stack([square(image[name], size) for image in chunk]) for name in chunk[0]
-        }
-        told.append(task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes))
+        chunk = [_prepared(bundle, task, one) for one in named[start : start + batch_size]]
+        told.append(raw_answers(bundle, task, chunk))
     return np.concatenate(told)
+
+
+def prepared(bundle: "Bundle", task: Task, image: "Image") -> Prepared:
+    """An image at the scale that the model learnt at, ready to be stacked with others.
+
+    Raises:
+        BadInput: as `Bundle.predict`.
+    """
+    return _prepared(bundle, task, _named(bundle, task, image))
+
+
+def answered(bundle: "Bundle", task: Task, images: Sequence[Prepared]) -> list[Any]:
+    """What the task says of images of one side, each for its own pixels."""
+    told = raw_answers(bundle, task, images)
+    return [at_own_pixels(one, image) for one, image in zip(told, images, strict=True)]
+
+
+@torch.inference_mode()
+def raw_answers(bundle: "Bundle", task: Task, images: Sequence[Prepared]) -> Any:
+    """What the task says of images of one side, for the pixels that the model read."""
+    batch = {
+        name: torch.stack([image.tensors[name] for image in images]) for name in images[0].tensors
+    }
+    return task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes)
+
+
+def at_own_pixels(told: Any, image: Prepared) -> Any:
+    """One image's raw answer, for the pixels of the image; of a scene as it is."""
+    if not isinstance(told, dict):
+        return told
+    return {
+        name: _of_boxes(value, image.factor, image.height, image.width)
+        if name == "boxes"
+        else _of_map(value, image.factor, image.height, image.width)
+        for name, value in told.items()
+    }
 
 
 def _named(bundle: "Bundle", task: Task, image: "Image") -> dict[str, Pixels]:
@@ -66,24 +123,18 @@ def check_sizes(images: Mapping[str, Pixels]) -> None:
         raise BadInput(f"images of one ground are of one size, found {found} pixels")
 
 
-def _of_one(bundle: "Bundle", task: Task, image: Mapping[str, Pixels]) -> dict[str, Any]:
-    """One image at the scale that the model learnt at, padded to a square, and back."""
+def _prepared(bundle: "Bundle", task: Task, image: Mapping[str, Pixels]) -> Prepared:
+    """Of a scene model the largest centred square; of others all of it, padded to a square."""
     height, width = next(iter(image.values())).shape[:2]
     resize = read_size(bundle.meta)
+    if not task.padded:
+        middles = {name: square(pixels, resize) for name, pixels in image.items()}
+        return Prepared(middles, height, width, min(height, width) / resize)
     scale = resize / int(bundle.meta.get("tile_pixels") or resize)
     side = max(round(max(height, width) * scale), bundle.encoder.image_size)
-    batch = {}
-    for name, pixels in image.items():
-        whole = padded(_at_least(pixels, bundle.encoder.image_size / scale))
-        batch[name] = square(whole, side)[None]
-    (told,) = task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes)
-    factor = max(height, width, bundle.encoder.image_size / scale) / side
-    return {
-        name: _of_boxes(value, factor, height, width)
-        if name == "boxes"
-        else _of_map(value, factor, height, width)
-        for name, value in told.items()
-    }
+    least = bundle.encoder.image_size / scale
+    tensors = {name: square(padded(_at_least(of, least)), side) for name, of in image.items()}
+    return Prepared(tensors, height, width, max(height, width, least) / side)
 
 
 def _at_least(image: Pixels, side: float) -> Pixels:

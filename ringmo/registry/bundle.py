@@ -205,6 +205,12 @@ class Bundle:
         """Images (B, bands, S, S), as decoded, by what they are of, as the model reads them."""
         return _normalised(self.meta, images, self.device)
 
+    @property
+    def example_pixels(self) -> dict[str, Pixels]:
+        """The example's images (S, S, bands), at the size they are read at, by what they are of."""
+        images = _example_images(self.example, self.meta)
+        return {name: image[0].permute(1, 2, 0).numpy() for name, image in images.items()}
+
     def check_example(self) -> None:
         """Whether the model, here and now, gives the answer that it gave when it was made.
 
