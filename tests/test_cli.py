@@ -34,7 +34,7 @@ VERBS = {
     "lineage": {"--of", "--html", "--verify", "--deep"},
     "reproduce": {"--to"},
     "card": {"--out"},
-    "predict": {"--model", "--top", "--out", "--with"},
+    "predict": {"--model", "--top", "--out", "--with", "--probabilities", "--workers"},
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
 }
