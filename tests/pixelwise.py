@@ -16,15 +16,16 @@ from ringmo.models.backbone import encoder
 from ringmo.registry.bundle import Bundle
 
 CLASSES = ["water", "field", "town & road"]
-SIZE = 32
+SIZE = 32  # pixels of a window
 
 
 class Pixelwise(nn.Module):
     """A 1x1 convolution. The encoder is there for its size alone."""
 
-    def __init__(self, outputs: int, bands: int = 3) -> None:
+    def __init__(self, outputs: int, bands: int = 3, size: int = SIZE) -> None:
         super().__init__()
-        self.encoder = encoder(Model.model_validate(SWIN), {"rgb": 3}, finetuning=True)
+        architecture = Model.model_validate({**SWIN, "image_size": size})
+        self.encoder = encoder(architecture, {"rgb": 3}, finetuning=True)
         self.head = nn.Conv2d(bands, outputs, 1)
         self.outputs = outputs
 
@@ -34,19 +35,21 @@ class Pixelwise(nn.Module):
         return said if self.outputs > 1 else said[:, 0]
 
 
-def bundle_of(kind: str = "segmentation", model: nn.Module | None = None, **meta: Any) -> Bundle:
+def bundle_of(
+    kind: str = "segmentation", model: nn.Module | None = None, size: int = SIZE, **meta: Any
+) -> Bundle:
     """A loaded bundle around a model; by default one that looks at pixels alone."""
     torch.manual_seed(7)
     bands = 6 if kind == "change" else 3
     classes = {"segmentation": CLASSES, "change": ["unchanged", "changed"], "height": []}.get(
         kind, CLASSES
     )
-    made = model or Pixelwise(max(1, len(classes)), bands)
+    made = model or Pixelwise(max(1, len(classes)), bands, size)
     told = {
         "kind": kind,
-        "image_size": SIZE,
-        "resize": SIZE,
-        "tile_pixels": SIZE,
+        "image_size": size,
+        "resize": size,
+        "tile_pixels": size,
         "sensors": {"rgb": SENSORS["rgb"].model_dump()},
         "sensor": "rgb",
         "classes": classes,

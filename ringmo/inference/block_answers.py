@@ -333,11 +333,13 @@ class _Found(Collector):
         }
 
 
-def kind_of(bundle: "Bundle", scene: Scene, probabilities: bool = False) -> Kind:
+def kind_of(
+    bundle: "Bundle", scene: Scene, probabilities: bool = False, shift: tuple[int, int] = (0, 0)
+) -> Kind:
     """How a bundle's task answers for this scene."""
     if isinstance(bundle.task, DenseTask):
-        return Maps(bundle, scene, probabilities=probabilities and bool(bundle.classes))
-    return (Boxes if isinstance(bundle.task, ObjectTask) else Cells)(bundle, scene)
+        return Maps(bundle, scene, shift, probabilities and bool(bundle.classes))
+    return (Boxes if isinstance(bundle.task, ObjectTask) else Cells)(bundle, scene, shift)
 
 
 def picture(scene: Any, block: Block, box: Box) -> NDArray[Any] | None:

@@ -145,22 +145,25 @@ class SceneJob:
         shown: str | None = None,
         probabilities: bool = False,
         marks: Mapping[str, list[Any]] | None = None,
+        shift: tuple[int, int] = (0, 0),
     ) -> None:
         """
         Args:
             paths: the files by what they are of: sensors, and the later date as `second`.
             name: of the answer's files. shown: how people call the scene; default: its path.
             marks: what tells a file's contents from another's, where not its size and date.
+            shift: of the grid of windows, in the model's pixels, to see what depends on it.
         """
         self.bundle, self.about, self.out, self.name = bundle, about, out, name
         self.shown = shown or str(next(iter(paths.values())))
-        self.paths, self.probabilities = dict(paths), probabilities
+        self.paths, self.probabilities, self.shift = dict(paths), probabilities, shift
         known = marks or {}
         self.job = {
             "revision": REVISION,
             "files": {what: known.get(what) or _mark(path) for what, path in self.paths.items()},
             "model": bundle.hash,
             "probabilities": probabilities,
+            "shift": list(shift),
         }
         self.key = hashlib.sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
         self.times = Times()
@@ -174,13 +177,16 @@ class SceneJob:
             BadInput: it cannot be read, or not by this model; the reason alone.
         """
         with Scene(self.bundle, self.paths) as scene:
-            kind = kind_of(self.bundle, scene, self.probabilities)
+            kind = self.kind(scene)
             side = block_side(scene, kind.outputs)
             self.blocks = blocks(scene.height, scene.width, side)
             self.height, self.width, self.notes = scene.height, scene.width, scene.notes
             self.scale, self.window = scene.scale, scene.size
             self.retile = _in_turn(scene, side)
         self.changed = next(iter(self.paths.values())).stat().st_mtime
+
+    def kind(self, scene: Scene) -> Kind:
+        return kind_of(self.bundle, scene, self.probabilities, self.shift)
 
     @property
     def pixels(self) -> int:
@@ -273,7 +279,7 @@ class SceneJob:
 
     def _delivered(self, folder: ProgressFolder) -> dict[str, Any]:
         with Scene(self.bundle, self.paths) as scene:
-            kind = kind_of(self.bundle, scene, self.probabilities)
+            kind = self.kind(scene)
             delivery = _Delivery(self, scene, kind, folder)
             files, answer = delivery.made()
             answer["gsd_m"] = round(scene.gsd_m, 4) if scene.gsd_m > 0 else None
@@ -405,7 +411,7 @@ class _Walk:
 
     def _reading(self) -> None:
         with Scene(self.job.bundle, self.job.paths) as scene:
-            kind = kind_of(self.job.bundle, scene, self.job.probabilities)
+            kind = self.job.kind(scene)
             for block in self.job.blocks:
                 if self.stop.is_set():
                     raise _Stopped

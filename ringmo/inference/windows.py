@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ringmo.tasks.dense import OVERLAP
-
+# Of a window's side. Of untrained models, which differ most from window to window, a quarter leaves
+# steps at windows' borders that are up to 1.6 times those elsewhere, this none.
+OVERLAP = 3 / 8
 Span = tuple[int, int]  # [first, last)
 
 
@@ -61,7 +62,7 @@ class Windows:
 
 
 def stride_of(size: int) -> int:
-    """Pixels from one window to the next: they overlap as those of images do."""
+    """Pixels from one window to the next."""
     return max(1, round(size * (1 - OVERLAP)))
 
 

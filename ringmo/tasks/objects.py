@@ -295,7 +295,8 @@ def own_boxes(low: Tensor, high: Tensor, starts: list[int], step: int, size: int
         own &= ~(cut & (low >= starts[step + 1] + AT_EDGE))
     if step > 0:
         cut = low <= starts[step] + AT_EDGE
-        own &= ~(cut & (high <= starts[step - 1] + size - AT_EDGE))
+        # Not where the one before has it as cut: of two windows one keeps it.
+        own &= ~(cut & (high < starts[step - 1] + size - AT_EDGE))
     return own
 
 
