@@ -4,6 +4,7 @@
     make bench ONLY=loader,step OUT=FILE        some rows, as JSON into FILE
     make bench ONLY=ingest,cut,growth,validate,duplicates,versioning,dask    those of the data
     make bench ONLY=rotated                     overlap of boxes at any angle
+    make bench ONLY=scenes                      whole scenes: memory, speed, the model's share
     make bench DATA=FOLDER                      with images below this folder
 
 Each measurement runs in a process of its own, on the same cores with the same threads, contenders
@@ -26,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, rotated
+from benchmarks import data, rotated, scenes
 from benchmarks.imagery import ROOT, Imagery, Source, optimise
 from benchmarks.table import Bench, Row, compare
 from ringmo import console
@@ -40,6 +41,7 @@ ROWS = (
     *("loader", "step", "pimask", "swin-b", "vit-b"),
     *("ingest", "cut", "growth", "validate", "duplicates", "versioning", "dask"),
     "rotated",
+    "scenes",
 )
 CORES = 2
 ROUNDS = 3
@@ -451,6 +453,7 @@ def main(arguments: list[str]) -> int:
         "ingest": data.ingest, "cut": data.cut, "growth": data.growth,
         "validate": data.validation, "duplicates": data.duplicates,
         "versioning": data.versioning, "dask": data.workers, "rotated": rotated.rows,
+        "scenes": scenes.rows,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ringmo-bench-") as folder:
         scratch = Path(folder)
