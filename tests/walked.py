@@ -1,10 +1,12 @@
-"""A scene answered in a process of its own, slowly: `python walked.py SCENE OUT SECONDS`.
+"""A scene answered in a process of its own: `python walked.py SCENE OUT SECONDS SIDE [GO]`.
 
-SECONDS: what each batch of windows takes beside. Prints what it did and what memory it took, as
+SECONDS: what each batch of windows takes beside. SIDE: of blocks, pixels. GO: a file that it waits
+for, once it is ready, and says so by one beside it. Prints what it did and what memory it took, as
 JSON.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ class Slow(Pixelwise):
         return super().forward(images)
 
 
-def main(scene: str, out: str, seconds: str, side: str = "512") -> None:
+def main(scene: str, out: str, seconds: str, side: str, go: str = "") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(7)
     block_answers.LARGEST = int(side)
@@ -35,6 +37,10 @@ def main(scene: str, out: str, seconds: str, side: str = "512") -> None:
     before = psutil.Process().memory_info().rss / 1e6
     about = scenes.about(bundle, "segmentation/7")
     job = scenes.SceneJob(bundle, about, {"rgb": Path(scene)}, Path(out), "s")
+    if go:
+        Path(f"{go}.{os.getpid()}").touch()
+        while not Path(go).exists():
+            time.sleep(0.02)
     answer = None
     while answer is None:
         job.work()

@@ -22,11 +22,13 @@ TESTS = Path(__file__).parents[1]
 LIMIT_S = 180
 
 
-def started(scene: Path, out: Path, seconds: float, side: int = 512) -> "subprocess.Popen[str]":
+def started(
+    scene: Path, out: Path, seconds: float, side: int = 512, *go: str
+) -> "subprocess.Popen[str]":
     command = [sys.executable, str(TESTS / "walked.py"), str(scene), str(out), str(seconds)]
     path = f"{TESTS.parent}{os.pathsep}{TESTS}"
     return subprocess.Popen(
-        [*command, str(side)],
+        [*command, str(side), *go],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
@@ -54,7 +56,11 @@ def test_a_killed_walk_goes_on_and_two_share_the_rest(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == [".s.work"]  # nothing half-written
     done = {path: path.stat().st_mtime_ns for path in out.glob(".s.work/*.npz")}
     assert 2 <= len(done) < 9
-    two = [started(scene, out, 0.2) for _ in range(2)]
+    go = tmp_path / "go"
+    two = [started(scene, out, 0.2, 512, str(go)) for _ in range(2)]
+    while len(list(tmp_path.glob("go.*"))) < 2 and time.monotonic() < limit:
+        time.sleep(0.02)
+    go.touch()
     while two[0].poll() is None and two[1].poll() is None:
         time.sleep(0.05)  # what was done stays as it was, as long as it is there
         for path, moment in done.items():
@@ -76,8 +82,8 @@ def test_a_killed_walk_goes_on_and_two_share_the_rest(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_scene(tmp_path: Path) -> None:
-    """30,000 x 30,000 pixels, of which 2 % are there: 2.7 GB as they lie in memory."""
-    path, side = tmp_path / "sparse.tif", 30_000
+    """20,000 x 20,000 pixels, of which 2 % are there: 1.2 GB as they lie in memory."""
+    path, side = tmp_path / "sparse.tif", 20_000
     profile = {
         "driver": "GTiff", "height": side, "width": side, "count": 3, "dtype": "uint8",
         "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate",
@@ -86,13 +92,13 @@ def test_memory_does_not_grow_with_the_scene(tmp_path: Path) -> None:
     }  # fmt: skip
     part = pixels(2048, 2048).transpose(2, 0, 1)
     with rasterio.open(path, "w", **profile) as file:
-        for row, col in ((0, 0), (5120, 20480), (15360, 9216), (27648, 27648)):
+        for row, col in ((5120, 16384), (17408, 9216)):
             file.write(part, window=((row, row + 2048), (col, col + 2048)))
     told = ended(started(path, tmp_path / "out", 0, 2048))
     assert told["peak_mb"] - told["before_mb"] < 1000
     with rasterio.open(tmp_path / "out" / "s.mask.tif") as file:
         assert file.shape == (side, side) and file.overviews(1)[-1] >= 32
-        assert (file.read(1, window=((5120, 7168), (20480, 22528))) < 3).all()
+        assert (file.read(1, window=((5120, 7168), (16384, 18432))) < 3).all()
         assert (file.read(1, window=((9000, 10000), (0, 1000))) == 255).all()
     assert (tmp_path / "out" / "s.mask.tif").stat().st_size < 40e6
 
