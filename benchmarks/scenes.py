@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.child import begin, peak_mb
+from benchmarks.child import begin
 from benchmarks.table import Bench, Row, compare
 
 SIDE, TRIAL = 5000, 1200  # pixels
@@ -176,6 +176,8 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
     """One contender's figures; of `moved`, what depends on the grid."""
     import psutil
 
+    from ringmo.inference.scenes import peak_memory_mb
+
     side = int(spec["side"])
     with tempfile.TemporaryDirectory(prefix="ringmo-scenes-") as folder:
         out = Path(folder)
@@ -191,7 +193,10 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
             found["windows"] = float(told["windows"])
         else:
             found = _plain(bundle, out / "scene.tif", out)
-        found |= {"pixels_per_s": side**2 / found["seconds"], "memory_mb": peak_mb() - before}
+        found |= {
+            "pixels_per_s": side**2 / found["seconds"],
+            "memory_mb": peak_memory_mb() - before,
+        }
         return found
 
 

@@ -11,11 +11,11 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from ringmo.inference.block_answers import (
 from ringmo.inference.progress_folder import ProgressFolder
 from ringmo.inference.reading import Box, Scene
 from ringmo.inference.tables import CellTable
+from ringmo.inference.windows import Windows
 from ringmo.tasks.base import UNKNOWN
 from ringmo.tasks.dense import MaskTask
 
@@ -53,6 +54,14 @@ REVISION = 1  # raised when the same scene and model get another answer: what is
 TOGETHER, TOGETHER_BYTES = 32, 16e6  # windows that a model is given at a time, and their answers
 POLL_S = 0.5  # between two looks whether other processes are ready
 WAIT_S = 0.2  # between two looks whether the other threads are well
+
+
+class Recorder(Protocol):
+    """Who keeps a sample of what was answered: told of each batch, in the model's thread."""
+
+    def add(self, pixels: Mapping[str, "Tensor"], answer: Any, named: Sequence[str]) -> None:
+        """pixels: (n, bands, S, S) by sensor, raw. answer: the task's. named: of each window
+        SCENE#COL,ROW,WIDTH,HEIGHT, in the scene's own pixels."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,7 @@ class SceneJob:
         probabilities: bool = False,
         marks: Mapping[str, list[Any]] | None = None,
         shift: tuple[int, int] = (0, 0),
+        recorder: Recorder | None = None,
     ) -> None:
         """
         Args:
@@ -153,10 +163,12 @@ class SceneJob:
             name: of the answer's files. shown: how people call the scene; default: its path.
             marks: what tells a file's contents from another's, where not its size and date.
             shift: of the grid of windows, in the model's pixels, to see what depends on it.
+            recorder: is shown each batch of windows and what the model said of it.
         """
         self.bundle, self.about, self.out, self.name = bundle, about, out, name
         self.shown = shown or str(next(iter(paths.values())))
         self.paths, self.probabilities, self.shift = dict(paths), probabilities, shift
+        self.recorder = recorder
         known = marks or {}
         self.job = {
             "revision": REVISION,
@@ -436,19 +448,31 @@ class _Walk:
     def _computing(self) -> None:
         while (task := self._get(self.read)) is not None:
             for some, images in _batches(task, self.job.window, self.batch):
-                answer = self._answered(some, images)
+                answer = self._answered(task.collector.grid, some, images)
                 self._put(self.answered, (task, some, answer))
             self._put(self.answered, (task, None, None))
             del task
         self._put(self.answered, None)
 
-    def _answered(self, some: list[tuple[int, int]], images: dict[str, "Tensor"]) -> Any:
+    def _named(self, grid: Windows, some: list[tuple[int, int]]) -> list[str]:
+        scale, size = self.job.scale, self.job.window
+        return [
+            f"{self.job.shown}#"
+            + ",".join(str(round(v * scale)) for v in (grid.cols[c], grid.rows[r], size, size))
+            for r, c in some
+        ]
+
+    def _answered(
+        self, grid: Windows, some: list[tuple[int, int]], images: dict[str, "Tensor"]
+    ) -> Any:
         """What the model says of windows: `images` are raw pixels (n, bands, S, S) by sensor, as
         `Bundle.normalised` takes them; `some` their rows and columns on the scene's grid."""
         bundle, times = self.job.bundle, self.job.times
         assert bundle.task is not None
         started = time.monotonic()
         answer = bundle.task.answer(bundle.model, bundle.normalised(images))
+        if self.job.recorder is not None:
+            self.job.recorder.add(images, answer, self._named(grid, some))
         if isinstance(answer, torch.Tensor):
             answer = answer.float().cpu()
         times.model_s += time.monotonic() - started

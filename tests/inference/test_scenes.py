@@ -181,6 +181,25 @@ def test_what_is_delivered_explains_itself(tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
 
 
+def test_a_recorder_sees_every_batch_as_the_model_does(tmp_path: Path) -> None:
+    image = pixels(100, 120)
+    scene = write_scene(tmp_path / "in.tif", image)
+    bundle, seen = bundle_of(tile_pixels=64), []
+
+    class Keeps:
+        def add(self, pixels: Any, answer: Any, named: Any) -> None:
+            assert len(answer) == len(named) == len(pixels["rgb"])
+            assert pixels["rgb"].shape[1:] == (3, 32, 32) and pixels["rgb"].dtype == torch.uint8
+            seen.extend(named)
+
+    about = scenes.about(bundle, "segmentation/7")
+    job = scenes.SceneJob(bundle, about, {"rgb": scene}, tmp_path, "s", "A", recorder=Keeps())
+    job.work()
+    job.close()
+    assert len(seen) == len(set(seen)) == job.times.windows
+    assert seen[0] == "A#0,0,64,64" and seen[1].startswith("A#40,0,")
+
+
 def check_item(item: dict[str, Any], folder: Path) -> None:
     """What the STAC item specification 1.1.0 asks for."""
     assert item["type"] == "Feature" and item["stac_version"] == "1.1.0"
