@@ -202,7 +202,8 @@ class SceneJob:
 
     @property
     def pixels(self) -> int:
-        return self.height * self.width
+        pixels: int = self.height * self.width
+        return pixels
 
     @property
     def item(self) -> Path:

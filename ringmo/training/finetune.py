@@ -270,8 +270,9 @@ def _untrained(
 
 def _gsd_m(train: SelectedTiles) -> dict[str, float] | None:
     """The ground sampling distances of nearly all training tiles, in metres; None: none says."""
-    known = train.table["gsd_m"].dropna() if "gsd_m" in train.table else []
-    known = [value for value in known if value > 0]
+    if "gsd_m" not in train.table:
+        return None
+    known = [float(value) for value in train.table["gsd_m"].dropna() if value > 0]
     if not known:
         return None
     low, high = np.percentile(known, (5, 95))
