@@ -118,24 +118,16 @@ def footprint(scene: Any) -> tuple[dict[str, Any] | None, list[float] | None]:
     """
     if scene.crs is None or scene.transform is None:
         return None, None
-    from rasterio.errors import CRSError
-    from rasterio.warp import transform
+    from ringmo.data.footprints import project
 
     share = np.arange(STEPS) / STEPS
     ones, zeros = np.ones(STEPS), np.zeros(STEPS)
     x = scene.width * np.concatenate([share, ones, 1 - share, zeros])
     y = scene.height * np.concatenate([zeros, share, ones, 1 - share])
     of = scene.transform
-    try:
-        lon, lat = transform(
-            scene.crs,
-            "EPSG:4326",
-            (of.a * x + of.b * y + of.c).tolist(),
-            (of.d * x + of.e * y + of.f).tolist(),
-        )
-    except CRSError:
-        return None, None
-    xs, ys = np.array(lon), np.clip(lat, -90, 90)
+    places = np.stack([of.a * x + of.b * y + of.c, of.d * x + of.e * y + of.f], 1)
+    lon, lat = project(scene.crs.to_wkt(), places).T
+    xs, ys = lon, np.clip(lat, -90, 90)
     keep = np.isfinite(xs) & np.isfinite(ys)
     xs, ys = xs[keep], ys[keep]
     if len(xs) < 3:  # a picture of the whole globe: its corners see none of it

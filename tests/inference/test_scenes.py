@@ -344,6 +344,15 @@ def test_ground_control_points_are_passed_on(tmp_path: Path) -> None:
     assert item["bbox"] == pytest.approx([3, 49.9, 3.12, 50])
 
 
+def test_a_picture_of_the_whole_globe_has_no_corners_on_it(tmp_path: Path) -> None:
+    path = write_scene(tmp_path / "in.tif", pixels(60, 60), crs=None)
+    with rasterio.open(path, "r+") as file:
+        file.crs = "+proj=geos +h=35785831 +lon_0=0 +sweep=y"
+        file.transform = from_origin(-5.5e6, 5.5e6, 11e6 / 60, 11e6 / 60)
+    answered(bundle_of(), tmp_path, path)
+    check_item(json.loads((tmp_path / "s.stac.json").read_text()), tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (33, 31)])
 def test_scenes_smaller_than_a_window_have_an_answer(
     tmp_path: Path, shape: tuple[int, int]
