@@ -5,6 +5,7 @@
     make bench ONLY=ingest,cut,growth,validate,duplicates,versioning,dask    those of the data
     make bench ONLY=rotated                     overlap of boxes at any angle
     make bench ONLY=server                      the HTTP server, against mlflow models serve
+    make bench ONLY=scenes                      whole scenes: memory, speed, the model's share
     make bench DATA=FOLDER                      with images below this folder
 
 Each measurement runs in a process of its own, on the same cores with the same threads, contenders
@@ -27,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, rotated, server
+from benchmarks import data, rotated, scenes, server
 from benchmarks.imagery import ROOT, Imagery, Source, optimise
 from benchmarks.table import Bench, Row, compare
 from ringmo import console
@@ -41,7 +42,7 @@ PACKAGES = (
 ROWS = (
     *("loader", "step", "pimask", "swin-b", "vit-b"),
     *("ingest", "cut", "growth", "validate", "duplicates", "versioning", "dask"),
-    *("rotated", "server"),
+    *("rotated", "server", "scenes"),
 )
 CORES = 2
 ROUNDS = 3
@@ -454,6 +455,7 @@ def main(arguments: list[str]) -> int:
         "validate": data.validation, "duplicates": data.duplicates,
         "versioning": data.versioning, "dask": data.workers, "rotated": rotated.rows,
         "server": server.rows,
+        "scenes": scenes.rows,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ringmo-bench-") as folder:
         scratch = Path(folder)

@@ -213,7 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     predict = verb("predict", _predict, "answer for images with a registered model")
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files, folders, globs or s3://BUCKET/PREFIX"
+    )
     predict.add_argument("--model", metavar="REF", default="scene@champion")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="labels to show")
     predict.add_argument(
@@ -227,6 +229,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         "--out", metavar="DIR", help="write predictions.json there, masks, heights and boxes"
+    )
+    predict.add_argument(
+        "--probabilities", action="store_true", help="of scenes, those of every class too"
+    )
+    predict.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the scenes"
     )
 
     drift = verb("drift", _drift, "does production still look as the model's test tiles do")
@@ -807,6 +815,8 @@ def _predict(arguments: Arguments) -> int:
         top=arguments.top,
         out=Path(arguments.out) if arguments.out else None,
         beside=dict(given.split("=", 1) for given in arguments.beside),
+        probabilities=arguments.probabilities,
+        workers=arguments.workers,
     )
     console.result({"predictions": answers}, predict.text(answers))
     return 0

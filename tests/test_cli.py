@@ -35,7 +35,7 @@ VERBS = {
     "lineage": {"--of", "--html", "--verify", "--deep"},
     "reproduce": {"--to"},
     "card": {"--out"},
-    "predict": {"--model", "--top", "--out", "--with"},
+    "predict": {"--model", "--top", "--out", "--with", "--probabilities", "--workers"},
     "drift": {"--model", "--days", "--since", "--html"},
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},

@@ -121,7 +121,7 @@ def _degrees(native: Boxes, codes: Index, names: Sequence[str]) -> tuple[Index, 
         number = np.flatnonzero(codes == code)
         corners = native[number][:, [0, 1, 0, 3, 2, 1, 2, 3]].reshape(-1, 4, 2)
         if crs != "EPSG:4326":
-            corners = _project(crs, corners)
+            corners = project(crs, corners)
         corners[~np.isfinite(corners).all(axis=(1, 2))] = np.inf
         with np.errstate(invalid="ignore"):
             span = np.ptp(corners[..., 0], axis=1)
@@ -136,7 +136,7 @@ def _degrees(native: Boxes, codes: Index, names: Sequence[str]) -> tuple[Index, 
     return np.concatenate(numbers), np.concatenate(boxes), np.concatenate(shifted)
 
 
-def _project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
+def project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Points (N, K, 2) to longitude and latitude; all K are infinite where one is off the Earth
     or cannot be told apart from such."""
     from rasterio._err import CPLE_BaseError
@@ -144,7 +144,7 @@ def _project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
 
     if points.size > 2 * POINTS and len(points) > 1:
         half = len(points) // 2
-        return np.concatenate([_project(crs, points[:half]), _project(crs, points[half:])])
+        return np.concatenate([project(crs, points[:half]), project(crs, points[half:])])
     xs, ys = points[..., 0].ravel(), points[..., 1].ravel()
     try:
         projected = np.stack(transform(crs, "EPSG:4326", xs, ys), axis=-1)
@@ -153,7 +153,7 @@ def _project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
         if len(points) == 1:
             return np.full_like(points, np.inf)
         half = len(points) // 2
-        return np.concatenate([_project(crs, points[:half]), _project(crs, points[half:])])
+        return np.concatenate([project(crs, points[:half]), project(crs, points[half:])])
     return projected.reshape(points.shape)
 
 
@@ -232,7 +232,7 @@ def _about(native: Boxes, crs: str) -> tuple[Boxes, Boxes, Flags]:
     half = (step + size.max(axis=0)) / 2  # every tile of the cell lies within, wholly
     middle = low + (np.stack([cells // side, cells % side], axis=1) + 0.5) * step
     nine = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)], np.float64)
-    seen = _project(crs, middle[:, None] + nine * half)
+    seen = project(crs, middle[:, None] + nine * half)
     sure = np.isfinite(seen).all(axis=(1, 2))
     seen[~sure] = 0
     mean = seen.mean(axis=1)

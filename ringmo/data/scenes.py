@@ -179,7 +179,7 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
             numbers = decode.colour_bands(file)
             names = [file.descriptions[number - 1] for number in numbers]
             name = sensor_of(len(numbers), file.dtypes[0], sensors, sensor, names)
-            scene = _Scene(path, file)
+            scene = OpenScene(path, file)
             _refuse_bomb(path, scene.height * scene.width * scene.layout.pixel_bytes)
             scale = scene.scale(ingest.gsd_m)
             # What is less than a pixel at the end is left out.
@@ -216,7 +216,7 @@ def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Itera
         BadInput: a part of the scene cannot be read.
     """
     with opened(path) as file:
-        yield from _cut(_Scene(path, file), windows, max_nodata_share)
+        yield from _cut(OpenScene(path, file), windows, max_nodata_share)
 
 
 def georeference(path: Path) -> tuple[Any, Any]:
@@ -279,7 +279,7 @@ def _header(path: Path) -> tuple[int, int, int, str]:
     except Image.DecompressionBombError:
         raise BadInput("decompression bomb: far more pixels than its bytes account for") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise BadInput(f"damaged image: {_reason(error, path)}") from None
+        raise BadInput(f"damaged image: {reason(error, path)}") from None
 
 
 def _alpha(data: bytes, form: str) -> NDArray[np.bool_] | None:
@@ -330,7 +330,7 @@ def opened(path: Path) -> Iterator[Any]:
         with rasterio.Env(**GDAL), rasterio.open(path, driver=driver) as scene:
             yield scene
     except (RasterioError, MemoryError) as error:
-        raise BadInput(f"damaged image: {_reason(error, path)}") from None
+        raise BadInput(f"damaged image: {reason(error, path)}") from None
 
 
 @dataclass
@@ -431,7 +431,7 @@ def _groups(windows: Sequence[Window], layout: Layout, limit: float) -> list[tup
     return groups
 
 
-class _Scene:
+class OpenScene:
     """An open image with what its tiles share: bands, coordinates, how it lies in its file."""
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -581,7 +581,7 @@ def _iso(text: str | None) -> str | None:
     return f"{text[:10].replace(':', '-')}T{text[11:19]}"
 
 
-def _whole(scene: _Scene, window: Window) -> Tile:
+def _whole(scene: OpenScene, window: Window) -> Tile:
     """The one tile of an image: its bytes as they came where nothing is to be changed."""
     if window.scale != 1:
         (tile,) = _cut(scene, [window], 1.0)
@@ -597,7 +597,7 @@ def _whole(scene: _Scene, window: Window) -> Tile:
     return tile
 
 
-def _tile(scene: _Scene, window: Window, part: _Part) -> Tile:
+def _tile(scene: OpenScene, window: Window, part: _Part) -> Tile:
     """A tile of these pixels, without its bytes."""
     pixels = decode.filled(part.raw, part.gaps)
     tile = Tile(window.row, window.col, "tif", b"", pixels, window, part.valid)
@@ -609,7 +609,7 @@ def _tile(scene: _Scene, window: Window, part: _Part) -> Tile:
 
 
 def _cut(
-    scene: _Scene, windows: Sequence[Window], max_nodata_share: float
+    scene: OpenScene, windows: Sequence[Window], max_nodata_share: float
 ) -> Iterator[Tile | None]:
     for first, last in _groups(windows, scene.layout, scene.layout.read_bytes):
         near = windows[first:last]
@@ -629,13 +629,15 @@ def _cut(
         yield from _finished(scene, batch)
 
 
-def _finished(scene: _Scene, batch: Sequence[tuple[Tile, _Part] | None]) -> Iterator[Tile | None]:
+def _finished(
+    scene: OpenScene, batch: Sequence[tuple[Tile, _Part] | None]
+) -> Iterator[Tile | None]:
     _encode(scene, [pair for pair in batch if pair is not None])
     for pair in batch:
         yield None if pair is None else pair[0]
 
 
-def _parts(scene: _Scene, windows: Sequence[Window]) -> Iterator[_Part]:
+def _parts(scene: OpenScene, windows: Sequence[Window]) -> Iterator[_Part]:
     """The pixels of windows that are read together."""
     spans = [(_span(w.row, w.height), _span(w.col, w.width)) for w in windows]
     box = scene.read(*_around(spans))
@@ -657,7 +659,7 @@ def _around(spans: Sequence[tuple[slice, slice]]) -> tuple[slice, slice]:
     )
 
 
-def _resampled(scene: _Scene, windows: Sequence[Window]) -> list[_Part]:
+def _resampled(scene: OpenScene, windows: Sequence[Window]) -> list[_Part]:
     """The pixels of windows that are read together, resampled.
 
     A window whose source is larger than what may be read at once is made from the top down.
@@ -702,7 +704,7 @@ def _stacked(parts: list[_Part]) -> _Part:
     return _Part(np.concatenate([part.raw for part in parts]), gaps, mask)
 
 
-def _encode(scene: _Scene, batch: Sequence[tuple[Tile, _Part]]) -> None:
+def _encode(scene: OpenScene, batch: Sequence[tuple[Tile, _Part]]) -> None:
     """Lossless one-tile GeoTIFFs of the scene's own values, into the tiles.
 
     Where data is missing without a nodata value to say so, with alpha; of more than 8 bits, which
@@ -738,7 +740,7 @@ def _encode(scene: _Scene, batch: Sequence[tuple[Tile, _Part]]) -> None:
             tile.data = data
 
 
-def _reason(error: BaseException, path: Path) -> str:
+def reason(error: BaseException, path: Path) -> str:
     cause = error.__cause__ or error
     text = str(cause).split("\n")[0].replace(str(path), "").replace(path.name, "")
     return text.strip(" :,'")[:120] or type(cause).__name__

@@ -5,7 +5,7 @@ later one where two do.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,3 +236,38 @@ def _column(file: Path, layer: str, attribute: str | None) -> str | None:
         return attribute
     by_name = {name.lower(): name for name in reversed(fields)}
     return next((by_name[name] for name in CLASS_ATTRIBUTES if name in by_name), None)
+
+
+def write(
+    path: Path,
+    shapes: NDArray[Any],
+    columns: dict[str, NDArray[Any]],
+    crs: Any,
+    tags: Mapping[str, str],
+) -> None:
+    """A GeoPackage with one layer, `boxes`, of polygons (WKB); the tags are its metadata.
+
+    Args:
+        crs: rasterio's; None: none.
+
+    Raises:
+        BadInput: it cannot be written there.
+    """
+    import pyogrio.raw
+    from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
+
+    path.unlink(missing_ok=True)
+    try:
+        pyogrio.raw.write(
+            path,
+            shapes,
+            list(columns.values()),
+            list(columns),
+            layer="boxes",
+            driver="GPKG",
+            geometry_type="Polygon",
+            crs=None if crs is None else crs.to_wkt(),
+            layer_metadata=dict(tags),
+        )
+    except (DataSourceError, DataLayerError, FeatureError, OSError) as error:
+        raise BadInput(f"{path}: cannot be written: {said(error, path)}") from None

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class Meta(BaseModel):
     """What model.json must hold. A task's model names the sensor of its tiles among its sensors.
 
     tile_pixels: of the longer side of the tiles it learnt from, which were scaled to `resize`.
+    gsd_m: their ground sampling distance, `low` and `high` (5 and 95 % of them), metres; of tiles
+    without coordinates None.
     settings: finetune.TASK, as it was.
     """
 
@@ -80,6 +82,7 @@ class Meta(BaseModel):
     image_size: int = Field(ge=1)
     resize: int | None = Field(None, ge=1)
     tile_pixels: int | None = Field(None, ge=1)
+    gsd_m: dict[Literal["low", "high"], Annotated[float, Field(gt=0)]] | None = None
     settings: Finetune = Finetune.model_validate(PLAIN)
     sensors: dict[str, Sensor] = Field(min_length=1)
     sensor: str | None = None

@@ -117,7 +117,7 @@ class Height(DenseTask):
         low, high = np.percentile(known if known.size else said, (2, 98))
         return [
             fitted(images[0], sample.size),
-            *(_coloured(each, low, high) for each in (truth, said)),
+            *(coloured(each, low, high) for each in (truth, said)),
         ]
 
     def quality(self, evidence: Evidence, classes: Sequence[str]) -> NDArray[np.float64]:
@@ -144,7 +144,7 @@ def spread(train: "SelectedTiles", heights: str) -> tuple[float, float]:
     return float(mean.mean()), float(np.sqrt((std**2).mean() + mean.var()))
 
 
-def _coloured(heights: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+def coloured(heights: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Heights (H, W) as a picture (H, W, 3); grey where nobody knows."""
     share = np.clip((heights - low) / max(high - low, LEAST_SPAN_M), 0, 1)
     steps = np.linspace(0, 1, len(VIRIDIS))

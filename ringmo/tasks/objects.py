@@ -132,7 +132,7 @@ class ObjectTask(Task):
                 found.corners = found.corners + corner
                 boxes = found.boxes
                 own = [
-                    _own(boxes[:, axis], boxes[:, axis + 2], starts, step, size)
+                    own_boxes(boxes[:, axis], boxes[:, axis + 2], starts, step, size)
                     for axis, step in ((0, column), (1, row))
                 ]
                 parts[image].append(found.taken(own[0] & own[1]))
@@ -287,7 +287,7 @@ class ObjectTask(Task):
         return said
 
 
-def _own(low: Tensor, high: Tensor, starts: list[int], step: int, size: int) -> Tensor:
+def own_boxes(low: Tensor, high: Tensor, starts: list[int], step: int, size: int) -> Tensor:
     """Which boxes are a window's to say, by where they begin and end along one axis."""
     own = torch.ones_like(low, dtype=torch.bool)
     if step + 1 < len(starts):
@@ -295,7 +295,8 @@ def _own(low: Tensor, high: Tensor, starts: list[int], step: int, size: int) -> 
         own &= ~(cut & (low >= starts[step + 1] + AT_EDGE))
     if step > 0:
         cut = low <= starts[step] + AT_EDGE
-        own &= ~(cut & (high <= starts[step - 1] + size - AT_EDGE))
+        # Not where the one before has it as cut: of two windows one keeps it.
+        own &= ~(cut & (high < starts[step - 1] + size - AT_EDGE))
     return own
 
 

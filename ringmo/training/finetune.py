@@ -185,6 +185,7 @@ def finetune(
         "image_size": size,
         "resize": read_size,
         "tile_pixels": int(np.median(train.table[["width", "height"]].max(axis=1))),
+        "gsd_m": _gsd_m(train),
         "settings": settings.model_dump(mode="json"),
         "sensors": params["sensors"],
         "sensor": names[0],
@@ -265,6 +266,17 @@ def _untrained(
 ) -> Any:
     path = settings.drop_path if drop_path is None else drop_path
     return task.model(encoder(architecture, bands, path, finetuning=True), classes, settings)
+
+
+def _gsd_m(train: SelectedTiles) -> dict[str, float] | None:
+    """The ground sampling distances of nearly all training tiles, in metres; None: none says."""
+    if "gsd_m" not in train.table:
+        return None
+    known = [float(value) for value in train.table["gsd_m"].dropna() if value > 0]
+    if not known:
+        return None
+    low, high = np.percentile(known, (5, 95))
+    return {"low": round(float(low), 6), "high": round(float(high), 6)}
 
 
 def _what_came(came: Transfer) -> list[str]:

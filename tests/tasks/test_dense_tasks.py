@@ -344,10 +344,10 @@ def test_classes_have_their_own_colours() -> None:
 def test_heights_are_shown_in_viridis() -> None:
     from matplotlib import colormaps
 
-    shown = height._coloured(np.linspace(0, 9, 100)[None], 0, 9)[0].astype(int)
+    shown = height.coloured(np.linspace(0, 9, 100)[None], 0, 9)[0].astype(int)
     wanted = np.rint(255 * colormaps["viridis"](np.linspace(0, 1, 100))[:, :3])
     assert np.abs(shown - wanted).max() <= 6
-    assert height._coloured(np.array([[np.nan]]), 0, 1)[0, 0].tolist() == list(dense.NOBODY_KNOWS)
+    assert height.coloured(np.array([[np.nan]]), 0, 1)[0, 0].tolist() == list(dense.NOBODY_KNOWS)
 
 
 def test_change_shows_both_dates_and_what_of_the_answer_is_right() -> None:

@@ -1,0 +1,138 @@
+"""What is known of a scene while it is answered: a folder with a file for each finished block.
+
+The files are the journal: a block is done when its file is there, and files take their names when
+they are whole. So a run that was killed goes on with the blocks that are missing, and several
+processes, on one machine or on several that share the folder, take blocks from each other's list.
+Who works on a block holds a lock on its number (POSIX, so that it ends with its process, also on
+NFS); who finishes the last one puts the blocks together.
+"""
+
+import fcntl
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ringmo.errors import BadInput
+from ringmo.stage import write_json
+
+JOB, LOCKS, USERS = "job.json", "locks", "users.lock"
+
+
+class ProgressFolder:
+    """The folder of one scene and what is asked of it. One process holds it once.
+
+    fresh: whether it began with no finished block.
+
+    Raises:
+        BadInput: another process answers for the scene with other settings.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any], blocks: int) -> None:
+        self.folder, self.blocks = folder, blocks
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._users = (folder / USERS).open("a")
+            fcntl.flock(self._users, fcntl.LOCK_SH)
+            if (folder / USERS).exists():
+                break  # else the one before has just removed it
+            self._users.close()
+        known = self._read()
+        if known is not None and known != json.loads(json.dumps(job)):
+            self._take_over()
+            known = None
+        if known is None:
+            write_json(folder / JOB, job)
+        self._locks: IO[str] = (folder / LOCKS).open("a")
+        self._held: set[int] = set()
+        self.fresh = not any(folder.glob("*.npz"))
+
+    def _read(self) -> Any:
+        try:
+            return json.loads((self.folder / JOB).read_text())
+        except FileNotFoundError:
+            return None
+
+    def _take_over(self) -> None:
+        """Forget what was found for other settings, or another file, unless somebody works on."""
+        try:
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._users.close()
+            raise BadInput(
+                "another process answers for it with other settings: wait for it, or name another "
+                "folder"
+            ) from None
+        for path in self.folder.iterdir():
+            if path.name != USERS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    def claim(self, number: int) -> bool:
+        """Whether a block is ours: not done, and nobody else's. `blocks`: putting together."""
+        if number in self._held or self.done(number):
+            return False
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except OSError:
+            return False
+        if self.done(number):  # by who held the lock until now
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            return False
+        self._held.add(number)
+        return True
+
+    def release(self, number: int) -> None:
+        self._held.discard(number)
+        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+
+    def done(self, number: int) -> bool:
+        return number < self.blocks and self._path(number).exists()
+
+    def finished(self) -> int:
+        """How many blocks are done, by whomever."""
+        return sum(1 for _ in self.folder.glob("[0-9]*.npz"))
+
+    def write(self, number: int, arrays: Mapping[str, Any]) -> None:
+        """A block's answer; with it the block is done, and no longer claimed."""
+        temporary = self.folder / f".{number}.tmp"
+        with zipfile.ZipFile(temporary, "w", compresslevel=1) as file:
+            for name, values in arrays.items():
+                # Noise in the last bits of floats costs time, and is no smaller afterwards.
+                packed = zipfile.ZIP_STORED if values.dtype.kind == "f" else zipfile.ZIP_DEFLATED
+                entry = zipfile.ZipInfo(f"{name}.npy")
+                entry.compress_type = packed
+                with file.open(entry, "w", force_zip64=True) as inside:
+                    np.lib.format.write_array(inside, values, allow_pickle=False)
+        temporary.replace(self._path(number))
+        self.release(number)
+
+    def read(self, number: int) -> dict[str, Any]:
+        with np.load(self._path(number), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+    def once(self, name: str, source: Path, make: Callable[[Path, Path], None]) -> Path:
+        """A file of this folder, made of `source` by the first process that needs it."""
+        target = self.folder / name
+        with (self.folder / f"{name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                temporary = self.folder / f".new-{name}"
+                make(source, temporary)
+                temporary.replace(target)
+        return target
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:07d}.npz"
+
+    def close(self) -> None:
+        self._locks.close()
+        self._users.close()
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
