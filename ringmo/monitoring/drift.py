@@ -152,10 +152,11 @@ def recorded(
     chosen = own.iloc[np.sort(order)]
     # Only of these all columns: a month of production need not fit into memory.
     whole = [
-        pd.read_parquet(files[int(number)]).iloc[some["at"].to_numpy()]
-        for number, some in chosen.groupby("file")
+        pd.read_parquet(files[number]).iloc[chosen["at"][chosen["file"] == number].to_numpy()]
+        for number in chosen["file"].unique().tolist()
     ]
-    return pd.concat(whole, ignore_index=True).dropna(axis=1, how="all")
+    together: pd.DataFrame = pd.concat(whole, ignore_index=True)
+    return together.dropna(axis=1, how="all")
 
 
 def said(finding: Finding) -> str:
