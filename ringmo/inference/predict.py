@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
     from ringmo.inference.scenes import About, SceneJob
+    from ringmo.monitoring.record import Recorder
 
 SCENE = "scene"
 HELPER_GRACE_S = 10  # that a helping process gets to end
@@ -77,16 +78,20 @@ def predict(
     if bundle.task.name != SCENE and out is not None and out.suffix == ".json":
         raise BadInput(f"--out {out}: name a folder: masks, heights and boxes are files")
     names = _names(given)
+    about = _about(workspace, ref, bundle)
     answers: list[dict[str, Any]] = [{} for _ in given]
     local = [i for i, one in enumerate(given) if one.bucket is None]
     small = [i for i in local if not is_scene(given[i].path)]
-    _answer_images(bundle, given, small, names, answers, top, batch_size, out, beside or {})
     rest = sorted(set(range(len(given))) - set(small))
-    if rest:
-        folder = out if out is not None else workspace.state / "answers"
-        folder = folder.parent if folder.suffix == ".json" else folder
-        line = _Scenes(workspace, bundle, ref, folder, beside or {}, probabilities, top, workers)
-        line.answer([(i, given[i], names[i]) for i in rest], answers)
+    with _recording(workspace, bundle, about) as recorder:
+        how = (recorder, top, batch_size, out, beside or {})
+        _answer_images(bundle, given, small, names, answers, *how)
+        if rest:
+            folder = out if out is not None else workspace.state / "answers"
+            folder = folder.parent if folder.suffix == ".json" else folder
+            asked = (ref, about, folder, beside or {}, probabilities, top, workers, recorder)
+            line = _Scenes(workspace, bundle, *asked)
+            line.answer([(i, given[i], names[i]) for i in rest], answers)
     failed = [answer for answer in answers if "error" in answer]
     if len(failed) == len(answers):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -104,6 +109,7 @@ def _answer_images(
     which: Sequence[int],
     names: Sequence[str],
     answers: list[dict[str, Any]],
+    recorder: "Recorder | None",
     top: int,
     batch_size: int,
     out: Path | None,
@@ -117,7 +123,10 @@ def _answer_images(
         for start in range(0, len(which), batch_size):
             chunk = which[start : start + batch_size]
             read = [_read(together[i], bundle) for i in chunk]
-            told = iter(_told(bundle, [one for one in read if not isinstance(one, str)]))
+            pairs = zip(chunk, read, strict=True)
+            good = [(i, one) for i, one in pairs if not isinstance(one, str)]
+            paths = [str(given[i].path.resolve()) for i, _ in good]
+            told = iter(_told(bundle, [one for _, one in good], recorder, paths))
             for i, pixels in zip(chunk, read, strict=True):
                 path = given[i].path
                 answer: dict[str, Any] = {"image": given[i].name}
@@ -139,11 +148,13 @@ class _Scenes:
         workspace: Workspace,
         bundle: Any,
         ref: str,
+        about: "About",
         out: Path,
         beside: Mapping[str, str],
         probabilities: bool,
         top: int,
         workers: int,
+        recorder: "Recorder | None",
     ) -> None:
         self.workspace, self.bundle, self.ref, self.out = workspace, bundle, ref, out
         self.beside, self.probabilities, self.top, self.workers = (
@@ -152,7 +163,7 @@ class _Scenes:
             top,
             workers,
         )
-        self.about = _about(workspace, ref, bundle)
+        self.about, self.recorder = about, recorder
 
     def answer(
         self, scenes: Sequence[tuple[int, Given, str]], answers: list[dict[str, Any]]
@@ -223,7 +234,15 @@ class _Scenes:
         from ringmo.inference.scenes import SceneJob
 
         return SceneJob(
-            self.bundle, self.about, paths, self.out, name, given.name, self.probabilities, marks
+            self.bundle,
+            self.about,
+            paths,
+            self.out,
+            name,
+            given.name,
+            self.probabilities,
+            marks,
+            recorder=self.recorder,
         )
 
     def _walked(self, job: "SceneJob", label: str) -> dict[str, Any] | None:
@@ -242,7 +261,7 @@ class _Scenes:
         read = _read(_together(path, self.beside), self.bundle)
         if isinstance(read, str):
             return {"image": given.name, "error": read}
-        (told,) = _told(self.bundle, [read])
+        (told,) = _told(self.bundle, [read], self.recorder, [given.name])
         if self.bundle.task.name == SCENE:
             return {"image": given.name, **_best(told, self.bundle.classes, self.top)}
         return {"image": given.name, **_other(told, path, self.out, name, self.bundle.classes)}
@@ -298,8 +317,29 @@ class _helpers:
                 process.wait()
 
 
-def _told(bundle: Any, images: list[Any]) -> Any:
-    return bundle.predict(images) if images else []
+def _told(bundle: Any, images: list[Any], recorder: "Recorder | None", names: Sequence[str]) -> Any:
+    if not images:
+        return []
+    from ringmo.inference import whole_images
+
+    return whole_images.predict(bundle, bundle.task, images, len(images), recorder, names)
+
+
+@contextmanager
+def _recording(workspace: Workspace, bundle: Any, about: "About") -> "Iterator[Recorder | None]":
+    """What keeps a sample of a registered version's answers (monitoring in params.yaml)."""
+    if "run" not in about.tags or not workspace.params_file.is_file():
+        yield None
+        return
+    from ringmo.config import Config
+    from ringmo.monitoring.record import open_recorder
+
+    settings = Config.load(workspace.params_file).monitoring
+    recorder = open_recorder(workspace, bundle, about.model, settings)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
 
 
 def _other(

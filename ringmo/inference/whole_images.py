@@ -16,6 +16,7 @@ from ringmo.registry.bundle import read_size
 from ringmo.tasks.base import SECOND, Task
 
 if TYPE_CHECKING:
+    from ringmo.monitoring.record import Recorder
     from ringmo.registry.bundle import Bundle, Image
 
 
@@ -43,16 +44,29 @@ class Prepared:
         return mine.keys() == its.keys() and all(torch.equal(mine[n], its[n]) for n in mine)
 
 
-def predict(bundle: "Bundle", task: Task, images: Sequence["Image"], batch_size: int) -> Any:
-    """`Bundle.predict`: of scenes an array (N, classes), else one dict an image."""
+def predict(
+    bundle: "Bundle",
+    task: Task,
+    images: Sequence["Image"],
+    batch_size: int,
+    recorder: "Recorder | None" = None,
+    names: Sequence[str] = (),
+) -> Any:
+    """`Bundle.predict`: of scenes an array (N, classes), else one dict an image.
+
+    Args:
+        recorder: is shown each batch, under the images' names.
+    """
     named = [_named(bundle, task, image) for image in images]
+    size = 1 if task.padded else batch_size
+    told: list[Any] = []
+    for start in range(0, len(named), size):
+        chunk = [_prepared(bundle, task, one) for one in named[start : start + size]]
+        said = raw_answers(bundle, task, chunk, recorder, names[start : start + size])
+        told += [at_own_pixels(one, image) for one, image in zip(said, chunk, strict=True)]
     if task.padded:
-        return [answered(bundle, task, [_prepared(bundle, task, one)])[0] for one in named]
-    told = [np.zeros((0, len(bundle.classes)), np.float32)]
-    for start in range(0, len(named), batch_size):
-        chunk = [_prepared(bundle, task, one) for one in named[start : start + batch_size]]
-        told.append(raw_answers(bundle, task, chunk))
-    return np.concatenate(told)
+        return told
+    return np.stack(told) if told else np.zeros((0, len(bundle.classes)), np.float32)
 
 
 def prepared(bundle: "Bundle", task: Task, image: "Image") -> Prepared:
@@ -64,19 +78,22 @@ def prepared(bundle: "Bundle", task: Task, image: "Image") -> Prepared:
     return _prepared(bundle, task, _named(bundle, task, image))
 
 
-def answered(bundle: "Bundle", task: Task, images: Sequence[Prepared]) -> list[Any]:
-    """What the task says of images of one side, each for its own pixels."""
-    told = raw_answers(bundle, task, images)
-    return [at_own_pixels(one, image) for one, image in zip(told, images, strict=True)]
-
-
 @torch.inference_mode()
-def raw_answers(bundle: "Bundle", task: Task, images: Sequence[Prepared]) -> Any:
+def raw_answers(
+    bundle: "Bundle",
+    task: Task,
+    images: Sequence[Prepared],
+    recorder: "Recorder | None" = None,
+    names: Sequence[str] = (),
+) -> Any:
     """What the task says of images of one side, for the pixels that the model read."""
     batch = {
         name: torch.stack([image.tensors[name] for image in images]) for name in images[0].tensors
     }
-    return task.told(task.answer(bundle.model, bundle.normalised(batch)), bundle.classes)
+    answer = task.answer(bundle.model, bundle.normalised(batch))
+    if recorder is not None:
+        recorder.add(batch, answer, names)
+    return task.told(answer, bundle.classes)
 
 
 def at_own_pixels(told: Any, image: Prepared) -> Any:

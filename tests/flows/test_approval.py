@@ -65,8 +65,16 @@ def api(place: Workspace, path: str, body: Any = None) -> Any:
         json.dumps(body).encode() if body is not None else None,
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    for attempt in range(10):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            # Prefect's SQLite is busy: its own clients ask again too.
+            if error.code != 503 or attempt == 9:
+                raise
+            time.sleep(1)
+    raise AssertionError
 
 
 def ask(place: Workspace, *questions: tuple[str, list[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import signal
 import sqlite3
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 from registered import register_three
@@ -18,6 +20,8 @@ from small_models import rgb
 from tiny import TINY
 
 from ringmo import config
+from ringmo.inference.predict import predict
+from ringmo.monitoring import record
 from ringmo.registry import promotion
 from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace, init
@@ -197,3 +201,35 @@ def test_what_cannot_be_served_is_said_before_it_listens(
     ):
         assert main(["serve", *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_production_is_sampled_by_version(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the server and by `ringmo predict`, of small images and of scenes."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    where = record.folder(workspace, "scene")
+    shutil.rmtree(where, ignore_errors=True)
+    config.edit(workspace.params_file, {"monitoring.share": 1.0})
+    served = Served(workspace, "--model", "scene/3", "--root", str(workspace.root))
+    try:
+        for number in range(3):
+            assert served.post("/predict/scene", png(rgb(number))).status_code == 200
+        scene = workspace.root / "scene.png"
+        scene.write_bytes(png(rgb(9, 200, 1100)))
+        window = {"col": 8, "row": 0, "width": 64, "height": 48}
+        asked = {"image": {"path": "scene.png", "window": window}}
+        assert served.post("/predict/scene", asked).status_code == 200
+    finally:
+        served.stop()
+    small = workspace.root / "small.png"
+    small.write_bytes(png(rgb(10)))
+    predict(workspace, [str(small), str(scene)], "scene/2", out=workspace.root / "answers")
+
+    rows = pd.concat(pd.read_parquet(part) for part in where.rglob("*.parquet"))
+    by = dict(list(rows.groupby("version")))
+    assert set(by) == {"scene/2", "scene/3"}
+    assert len(by["scene/3"]) == 4 and f"{scene}#8,0,64,48" in set(by["scene/3"]["name"])
+    assert set(by["scene/2"]["scene"]) == {str(small), str(scene)}
+    assert (by["scene/2"]["scene"] == str(scene)).sum() > 10
+    assert all(len(embedding) for embedding in rows["embedding"])

@@ -16,6 +16,7 @@ import binascii
 import hmac
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -39,6 +40,7 @@ from ringmo.inference.server.images import Picture, Refused
 from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.models import Loaded, Models, Slot
 from ringmo.inference.whole_images import Prepared, at_own_pixels, prepared
+from ringmo.monitoring.record import WINDOW
 
 VERSION = "Ringmo-Version"  # header
 FREE = {"/", "/docs", "/openapi.json", "/health", "/ready"}  # need no token
@@ -217,11 +219,13 @@ class Server:
     ) -> Response:
         in_worker = asyncio.get_running_loop().run_in_executor
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        pictures, inputs = await in_worker(
+        pictures, inputs, name = await in_worker(
             self.workers, self._prepared, loaded, body, kind == formats.JSON
         )
         within.hold(sum(picture.pixels.nbytes for picture in pictures.values()))
-        jobs = [(group, self.engine.submit(group, image)) for group, image in _grouped(inputs)]
+        jobs = [
+            (group, self.engine.submit(group, image, name)) for group, image in _grouped(inputs)
+        ]
         within.arrived()
         told: dict[Loaded, Any] = {}
         for group, job in jobs:
@@ -237,8 +241,8 @@ class Server:
 
     def _prepared(
         self, loaded: list[Loaded], body: bytes, is_json: bool
-    ) -> tuple[dict[str, Picture], list[tuple[Loaded, Prepared]]]:
-        """The images of a request, and what each model reads of them."""
+    ) -> tuple[dict[str, Picture], list[tuple[Loaded, Prepared]], str]:
+        """The images of a request, what each model reads of them, and what it is known by."""
         given: Mapping[str, bytes | SceneOf]
         given = _given(body) if is_json else {"": body}
         known = {name: model.bands(name) for model in loaded for name in model.reads}
@@ -256,10 +260,20 @@ class Server:
                 )
         pictures = {name: self._read(one, known[name]) for name, one in given.items()}
         pixels = {name: picture.pixels for name, picture in pictures.items()}
-        return pictures, [
+        inputs = [
             (model, prepared(model.bundle, model.task, {n: pixels[n] for n in model.reads}))
             for model in loaded
         ]
+        return pictures, inputs, self._name(next(iter(given.values())))
+
+    def _name(self, one: bytes | SceneOf) -> str:
+        """For the sample of production: the scene and its window, or a name of its own."""
+        if isinstance(one, bytes) or self.root is None:
+            return uuid.uuid4().hex
+        path, window = str(self.root / one.path), one.window
+        if window is None:
+            return path
+        return f"{path}{WINDOW}{window.col},{window.row},{window.width},{window.height}"
 
     def _read(self, one: bytes | SceneOf, bands: int) -> Picture:
         if isinstance(one, bytes):

@@ -32,11 +32,13 @@ BATCH_SIDE = 1024  # pixels: a batch of larger images has as many as make a batc
 class Job:
     """One image for one model, or for several with the same encoder.
 
-    answer: comes to a list of what `raw_answers` says, one a model.
+    name: as the sample of production knows it (`Recorder.add`). answer: comes to a list of what
+    `raw_answers` says, one a model.
     """
 
     models: tuple[Loaded, ...]
     image: Prepared
+    name: str
     answer: "asyncio.Future[list[Any]]"
     since: float = field(default_factory=time.monotonic)
 
@@ -82,9 +84,11 @@ class Engine:
             with self._changed:
                 self._changed.notify()
 
-    def submit(self, models: tuple[Loaded, ...], image: Prepared) -> "asyncio.Future[list[Any]]":
+    def submit(
+        self, models: tuple[Loaded, ...], image: Prepared, name: str
+    ) -> "asyncio.Future[list[Any]]":
         assert self._loop is not None
-        job = Job(models, image, self._loop.create_future())
+        job = Job(models, image, name, self._loop.create_future())
         with self._changed:
             self._queues.setdefault(job.key, deque()).append(job)
             self.measures.queue.inc()
@@ -127,18 +131,16 @@ class Engine:
 
     def _answer(self, jobs: list[Job]) -> None:
         models = jobs[0].models
-        images = [job.image for job in jobs]
+        images, names = [job.image for job in jobs], [job.name for job in jobs]
         told: list[Any] = []
         before = models[0].shared.spared
         try:
             with together([model.shared for model in models]):
                 for model in models:
                     started = time.perf_counter()
-                    said = raw_answers(model.bundle, model.task, images)
+                    said = raw_answers(model.bundle, model.task, images, model.recorder, names)
                     told.append(said)
                     self.measures.batch(model, len(images), time.perf_counter() - started)
-                    # Here whoever samples production has a whole batch: of `model`, `images` (their
-                    # tensors are pixels as decoded, by sensor) and what was `said` of each.
         except Exception as error:
             if len(jobs) > 1:  # which of them was it?
                 for job in jobs:

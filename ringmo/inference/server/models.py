@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ringmo import console
+from ringmo.config import Config, Monitoring
 from ringmo.errors import BadInput, RingmoError
 from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.sharing import Shared, encoder_hash
 from ringmo.inference.whole_images import prepared, raw_answers
+from ringmo.monitoring.record import Recorder, open_recorder
 from ringmo.registry.bundle import Bundle
 from ringmo.tasks.base import SECOND, Task
 from ringmo.workspace import Workspace
@@ -36,6 +38,7 @@ class Loaded:
     task: Task
     encoder_hash: str
     shared: Shared
+    recorder: Recorder | None = None  # of a registered version
 
     @property
     def reads(self) -> list[str]:
@@ -92,6 +95,8 @@ class Models:
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._silent = False
+        path = workspace.params_file
+        self.monitoring = Config.load(path).monitoring if path.is_file() else Monitoring(share=0)
 
     def load(self) -> None:
         """Load every model for the first time.
@@ -113,6 +118,9 @@ class Models:
 
     def stop(self) -> None:
         self._end.set()
+        for slot in self.slots.values():
+            if slot.current is not None and slot.current.recorder is not None:
+                slot.current.recorder.close()
 
     def _follow(self, every_s: float) -> None:
         while not self._end.wait(every_s):
@@ -195,6 +203,8 @@ class Models:
         name = str(version) if version.run_id else f"{task.name}-{bundle.hash[:12]}"
         loaded = Loaded(slot.name, name, bundle, task, hashed, shared)
         _warm(loaded)
+        if version.run_id:
+            loaded.recorder = open_recorder(self.workspace, bundle, name, self.monitoring)
         return loaded
 
     def _encoder(self, hashed: str, bundle: Bundle) -> Shared:
@@ -209,6 +219,8 @@ class Models:
         old, slot.current = slot.current, new
         self.measures.took_over(new, old)
         if old is not None:
+            if old.recorder is not None:  # batches that are still its own lack their embeddings
+                old.recorder.close()
             console.note(f"serve: {slot.name}: {new.version} takes over from {old.version}")
 
 
