@@ -319,7 +319,7 @@ class _Chain:
             if told != wanted:
                 return _same("model.json and the tag selection", told, wanted)
         if (self.origins.yaml(CHAMPION) or {}).get("encoder") == self.version.bundle_hash:
-            return NOT_HERE, f"{CHAMPION} names it: it was taken as it is, and this lock is another's"
+            return NOT_HERE, f"taken as it is ({CHAMPION}): this lock is another training's"
         name = f"{'pretrain' if self.version.model == ENCODER else self.version.model}.parquet"
         md5 = _md5_of(self._entry(self.stage).get("deps", []), f"work/select/{name}")
         if md5 is None:
