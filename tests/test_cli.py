@@ -37,6 +37,11 @@ VERBS = {
     "card": {"--out"},
     "predict": {"--model", "--top", "--out", "--with", "--probabilities", "--workers"},
     "drift": {"--model", "--days", "--since", "--html"},
+    "export": {"--format", "--out"},
+    "serve": {
+        *("--model", "--host", "--port", "--root", "--device"),
+        *("--batch-size", "--queue", "--max-body", "--max-side", "--time-limit", "--poll"),
+    },
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
 }
