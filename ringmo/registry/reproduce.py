@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -409,7 +410,12 @@ def _run(plan: _Plan, config: Config, stage: str) -> None:
             environment["CUDA_VISIBLE_DEVICES"] = ""
     console.note(f"\n── {stage}")
     command = versions.repro_command(place, stage)
-    status = run_group(command, place.root, environment, config.run.grace_s)
+    for left in range(config.run.retries, -1, -1):
+        status = run_group(command, place.root, environment, config.run.grace_s)
+        # Without a reason it was DVC that failed: so it does on locks of one that was killed.
+        if not status or _json(report).get("reason") or not left:
+            break
+        time.sleep(max(1.0, config.run.retry_delay_s))
     if status:
         why = _json(report).get("reason") or f"ended with {status}"
         raise BadInput(f"{stage}: {why} (in {place.root}; the same command goes on)")
