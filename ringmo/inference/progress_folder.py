@@ -7,8 +7,10 @@ Who works on a block holds a lock on its number (POSIX, so that it ends with its
 NFS); who finishes the last one puts the blocks together.
 """
 
+import contextlib
 import fcntl
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -134,5 +136,9 @@ class ProgressFolder:
         self._users.close()
 
     def remove(self) -> None:
+        """Away at once, under its name: nobody finds a part of it, or adds to it meanwhile."""
+        gone = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.gone")
+        with contextlib.suppress(OSError):
+            self.folder.rename(gone)
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)

@@ -272,11 +272,12 @@ class SceneJob:
         """
         assert self.folder is not None
         if (there := self.done()) is not None:
-            self.folder.close()
+            self.folder.remove()  # what was begun anew when another had just ended
             return there
         if self.folder.finished() < len(self.blocks) or not self.folder.claim(len(self.blocks)):
             return None
         if (there := self.done()) is not None:
+            self.folder.remove()
             return there
         try:
             answer = self._delivered(self.folder)
