@@ -99,12 +99,16 @@ def bring_champion(config: Config, workspace: Workspace) -> None:
     """
     if config.pretrain.refresh == "continue":
         return  # see `bring_start`
-    encoder = None
-    if config.pretrain.refresh == "champion":
-        encoder = _champion_encoder(workspace)
-        if encoder is None:
-            raise BadInput("pretrain.refresh: champion: no encoder is champion yet: set full")
-    _name_encoder(workspace, encoder)
+    if config.pretrain.refresh != "champion":
+        _name_encoder(workspace, None, None)
+        return
+    from ringmo.registry.tracker import Tracker
+
+    tracker = Tracker(workspace)
+    encoder = tracker.aliased("encoder", "champion")
+    if encoder is None:
+        raise BadInput("pretrain.refresh: champion: no encoder is champion yet: set full")
+    _name_encoder(workspace, tracker, encoder)
 
 
 def bring_start(config: Config, workspace: Workspace) -> bool:
@@ -121,35 +125,29 @@ def bring_start(config: Config, workspace: Workspace) -> bool:
         return False
     from ringmo.registry.tracker import Tracker
 
-    start = _champion_encoder(workspace)
+    tracker = Tracker(workspace)
+    start = tracker.aliased("encoder", "champion")
     selection = workspace.work("select") / "pretrain.parquet"
     if (
         start is not None
         and start.tags.get("refresh") == "continue"
         and start.tags.get("selection") == store.file_sha256(selection)
     ):
-        start = Tracker(workspace).of_bundle("encoder", start.tags.get("encoder_hash"))
-    return _name_encoder(workspace, start)
+        start = tracker.of_bundle("encoder", start.tags.get("encoder_hash"))
+    return _name_encoder(workspace, tracker, start)
 
 
-def _champion_encoder(workspace: Workspace) -> "Version | None":
-    from ringmo.registry.tracker import Tracker
-
-    return Tracker(workspace).aliased("encoder", "champion")
-
-
-def _name_encoder(workspace: Workspace, encoder: "Version | None") -> bool:
+def _name_encoder(
+    workspace: Workspace, tracker: "Tracker | None", encoder: "Version | None"
+) -> bool:
     """Write an encoder's hash, or null, to champion.yaml, after its files lie in the workspace."""
     wanted = None
-    if encoder is not None:
-        from ringmo.registry.tracker import Tracker
-
+    if tracker is not None and encoder is not None:
         wanted = encoder.bundle_hash
         kept = workspace.state / "bundles" / wanted
         if not kept.is_dir():
             with whole_folder(kept) as folder:
-                files = Tracker(workspace).bundle_folder(encoder)
-                shutil.copytree(files, folder, dirs_exist_ok=True)
+                shutil.copytree(tracker.bundle_folder(encoder), folder, dirs_exist_ok=True)
     path = workspace.root / CHAMPION
     header = template(CHAMPION).read_text().rpartition("encoder:")[0]
     text = f"{header}encoder: {wanted or 'null'}\n"

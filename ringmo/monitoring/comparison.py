@@ -13,6 +13,7 @@ nothing has drifted, any of the scenes could have been production's. Each scene 
 Holm's method (1979) keeps the chance of any false alarm at LEVEL over the four.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,10 @@ LEAST_TILES = 20  # of each side
 MOST = 2000  # tiles of each side that are compared
 NEIGHBOURS = 5  # tiles of the reference by which a tile's distance to it is measured
 TOGETHER = 512  # tiles whose distances are in memory at a time
+MEASURED = ("mean", "deviation", "nodata")  # of bands
 Array = NDArray[np.float64]
+# What a test finds: value, unit, p, parts.
+Found = tuple[float, str, float, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -89,17 +93,17 @@ def compare(reference: "pd.DataFrame", production: "pd.DataFrame", *, seed: int 
     groups = np.concatenate((of_reference, of_production + counts[0]))
     _check_scenes(*counts)
     drawn = _drawn(sum(counts), counts[1], np.random.default_rng(seed))
-    mean = _Means(groups)
 
     found: list[tuple[str, float, str, float, list[dict[str, Any]]]] = []
     shared = [name for name in reference.columns if name in set(production.columns)]
-    measured = [n for n in shared if n.split(":")[0] in ("mean", "deviation", "nodata")]
     tables = {
         name: np.concatenate([rows[name].to_numpy(np.float64) for rows in sides.values()])
         for name in shared
-        if name.split(":")[0] in ("mean", "deviation", "nodata", "class", "answer", "confidence")
+        if name.split(":")[0] in (*MEASURED, "class", "answer", "confidence")
     }
-    found.append(("bands", *_ranked(measured, tables, mean, drawn, len(reference))))
+    both = _Sides(tables, len(reference), groups, drawn)
+    measured = [name for name in tables if name.split(":")[0] in MEASURED]
+    found.append(("bands", *both.ranked(measured)))
     embedded = [_embedded(rows) for rows in sides.values()]
     distance = np.full(len(production), np.nan)
     if all(known.any() for known, _ in embedded):
@@ -111,12 +115,11 @@ def compare(reference: "pd.DataFrame", production: "pd.DataFrame", *, seed: int 
     classes = [name for name in shared if name.startswith("class:")]
     answers = [name for name in shared if name.startswith("answer:")]
     if classes:
-        found.append(("classes", *_variation(classes, tables, mean, drawn, len(reference))))
+        found.append(("classes", *both.variation(classes)))
     elif answers:
-        found.append(("answers", *_ranked(answers, tables, mean, drawn, len(reference))))
+        found.append(("answers", *both.ranked(answers)))
     if "confidence" in tables and np.isfinite(tables["confidence"]).any():
-        ranked = _ranked(["confidence"], tables, mean, drawn, len(reference))
-        found.append(("confidence", *ranked))
+        found.append(("confidence", *both.ranked(["confidence"])))
     adjusted = holm([one[3] for one in found])
     return Comparison(
         [Finding(*one[:4], p, one[4]) for one, p in zip(found, adjusted, strict=True)],
@@ -145,7 +148,16 @@ def _check_scenes(reference: int, production: int) -> None:
 
 
 def _drawn(scenes: int, production: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Which scenes are production's: (1 + PERMUTATIONS, scenes); first as it is, then drawn."""
+    """Which scenes are production's, (n, scenes): first as it is, then drawn.
+
+    All ways there are, where they are fewer than PERMUTATIONS: drawn ones would repeat the first.
+    """
+    ways = math.comb(scenes, production)
+    if ways <= 1 + PERMUTATIONS:
+        every = np.array(list(itertools.combinations(range(scenes - 1, -1, -1), production)))
+        chosen = np.zeros((ways, scenes), np.float32)
+        chosen[np.arange(ways)[:, None], every] = 1
+        return chosen
     chosen = np.zeros((1 + PERMUTATIONS, scenes), np.float32)
     chosen[0, scenes - production :] = 1
     for row in chosen[1:]:
@@ -153,74 +165,102 @@ def _drawn(scenes: int, production: int, random: np.random.Generator) -> NDArray
     return chosen
 
 
-def _p(statistics: Array) -> float:
-    """Of the first among all."""
-    least = statistics[0] - 1e-9 * abs(statistics[0])  # what is equal but for rounding counts
+def _p(statistics: Array, found: float | None = None) -> float:
+    """Of what was found (None: the first) among all."""
+    found = float(statistics[0]) if found is None else found
+    least = found - 1e-9 * abs(found)  # what is equal but for rounding counts
     return float((statistics >= least).mean())
 
 
-class _Means:
-    """Means over the tiles of each scene."""
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides' tiles, the reference's first, and how their scenes are permuted.
 
-    def __init__(self, groups: NDArray[np.int64]) -> None:
-        self.groups, self.count = groups, int(groups.max()) + 1
+    tables: name → (tiles,). first: tiles of the reference. groups: (tiles,), the scene of each.
+    drawn: see `_drawn`.
+    """
 
-    def __call__(self, values: Array) -> Array:
-        """Of (tiles,), without NaN: (scenes,), NaN where nothing is known."""
+    tables: dict[str, Array]
+    first: int
+    groups: NDArray[np.int64]
+    drawn: NDArray[np.float32]
+
+    @property
+    def scenes(self) -> int:
+        return self.drawn.shape[1]
+
+    def of(self, name: str) -> tuple[Array, Array]:
+        """A column of the reference's tiles, and of production's."""
+        return self.tables[name][: self.first], self.tables[name][self.first :]
+
+    def mean(self, name: str) -> Array:
+        """Over the tiles of each scene, without NaN: (scenes,), NaN where nothing is known."""
+        values = self.tables[name]
         known = np.isfinite(values)
-        total = np.bincount(self.groups[known], values[known], self.count)
-        tiles = np.bincount(self.groups[known], minlength=self.count)
-        means = np.full(self.count, np.nan)
+        total = np.bincount(self.groups[known], values[known], self.scenes)
+        tiles = np.bincount(self.groups[known], minlength=self.scenes)
+        means = np.full(self.scenes, np.nan)
         np.divide(total, tiles, out=means, where=tiles > 0)
         return means
 
+    def ranked(self, names: list[str]) -> Found:
+        """Rank sums of several columns; the value is the largest shift, in deviations of the
+        reference."""
+        from scipy.stats import rankdata
 
-def _ranked(
-    names: list[str],
-    tables: dict[str, Array],
-    mean: _Means,
-    drawn: NDArray[np.float32],
-    first: int,
-) -> tuple[float, str, float, list[dict[str, Any]]]:
-    """Rank sums of several columns; `value` is the largest shift, in deviations of the reference.
+        ranks = np.zeros((self.scenes, len(names)))
+        for i, name in enumerate(names):
+            of_scene = self.mean(name)
+            known = np.isfinite(of_scene)
+            if known.sum() > 1:
+                ranked = rankdata(of_scene[known])
+                ranked -= ranked.mean()
+                # A band that is the same everywhere says nothing.
+                ranks[known, i] = ranked / max(float(ranked.std()), 1e-9)
+        # All ranks of a column add up to 0: one side's sum says what the other's is.
+        sums = np.abs(self.drawn.astype(np.float64) @ ranks)
+        largest = sums.max(1)
+        parts: list[dict[str, Any]] = []
+        for i, name in enumerate(names):
+            before, now = self.of(name)
+            before, now = before[np.isfinite(before)], now[np.isfinite(now)]
+            if not len(before) or not len(now):
+                continue
+            spread = max(float(before.std()), 1e-9)
+            moved = float(now.mean() - before.mean())
+            measure, _, which = name.partition(":")
+            parts.append(
+                {
+                    "of": which.replace(":", " "),
+                    "measure": measure,
+                    "reference": float(before.mean()),
+                    "production": float(now.mean()),
+                    "shift": 0.0 if abs(moved) < 1e-9 else float(np.clip(moved / spread, -99, 99)),
+                    "p": _p(largest, float(sums[0, i])),
+                }
+            )
+        biggest = max((abs(part["shift"]) for part in parts), default=0.0)
+        return biggest, "deviations", _p(largest), parts
 
-    first: tiles of the reference, which come first.
-    """
-    from scipy.stats import rankdata
-
-    ranks = np.zeros((mean.count, len(names)))
-    for i, name in enumerate(names):
-        of_scene = mean(tables[name])
-        known = np.isfinite(of_scene)
-        if known.sum() > 1:
-            ranked = rankdata(of_scene[known])
-            ranked -= ranked.mean()
-            # A band that is the same everywhere says nothing.
-            ranks[known, i] = ranked / max(float(ranked.std()), 1e-9)
-    # All ranks of a column add up to 0: one side's sum says what the other's is.
-    sums = np.abs(drawn.astype(np.float64) @ ranks)
-    largest = sums.max(1)
-    parts: list[dict[str, Any]] = []
-    for i, name in enumerate(names):
-        before, now = tables[name][:first], tables[name][first:]
-        before, now = before[np.isfinite(before)], now[np.isfinite(now)]
-        if not len(before) or not len(now):
-            continue
-        spread = max(float(before.std()), 1e-9)
-        moved = float(now.mean() - before.mean())
-        measure, _, which = name.partition(":")
-        parts.append(
+    def variation(self, names: list[str]) -> Found:
+        """Total variation between the mean answers of both sides' scenes."""
+        of_scene = np.stack([np.nan_to_num(self.mean(name)) for name in names], 1)
+        n = self.drawn[0].sum()
+        m = self.drawn.shape[1] - n
+        # Of objects, numbers: as shares of all that there are in a scene of either side.
+        scale = max(float(of_scene.sum(1).mean()), 1e-9)
+        one = self.drawn.astype(np.float64) @ of_scene
+        difference = one / n - (of_scene.sum(0) - one) / m
+        statistic = np.abs(difference).sum(1) / 2 / scale
+        rows = [
             {
-                "of": which.replace(":", " "),
-                "measure": measure,
-                "reference": float(before.mean()),
-                "production": float(now.mean()),
-                "shift": 0.0 if abs(moved) < 1e-9 else float(np.clip(moved / spread, -99, 99)),
-                "p": float((largest >= sums[0, i] * (1 - 1e-9)).mean()),
+                "of": name.partition(":")[2],
+                "reference": float(np.nanmean(self.of(name)[0])),
+                "production": float(np.nanmean(self.of(name)[1])),
             }
-        )
-    biggest = max((abs(part["shift"]) for part in parts), default=0.0)
-    return biggest, "deviations", _p(largest), parts
+            for name in names
+        ]
+        return float(statistic[0]), "total variation", _p(statistic), rows
 
 
 def _embedded(rows: "pd.DataFrame") -> tuple[NDArray[np.bool_], Array]:
@@ -235,7 +275,7 @@ def _embedded(rows: "pd.DataFrame") -> tuple[NDArray[np.bool_], Array]:
 
 def _discrepancy(
     features: list[Array], groups: NDArray[np.int64], drawn: NDArray[np.float32]
-) -> tuple[float, str, float, list[dict[str, Any]]]:
+) -> Found:
     """The maximum mean discrepancy of scenes; of one scene and another all pairs of tiles count."""
     both = np.concatenate(features)
     both = (both - both.mean(0)) / np.maximum(both.std(0), 1e-6)
@@ -303,30 +343,3 @@ def _nearest(rows: Array, among: Array, near: int, *, itself: bool) -> Array:
         nearest = np.partition(squared, near - 1, axis=1)[:, :near]
         found[start : start + len(some)] = np.sqrt(nearest).mean(1)
     return found
-
-
-def _variation(
-    names: list[str],
-    tables: dict[str, Array],
-    mean: _Means,
-    drawn: NDArray[np.float32],
-    first: int,
-) -> tuple[float, str, float, list[dict[str, Any]]]:
-    """Total variation between the mean answers of both sides' scenes."""
-    of_scene = np.stack([np.nan_to_num(mean(tables[name])) for name in names], 1)
-    n = drawn[0].sum()
-    m = drawn.shape[1] - n
-    # Of objects, numbers: as shares of all that there are in a scene of either side.
-    scale = max(float(of_scene.sum(1).mean()), 1e-9)
-    one = drawn.astype(np.float64) @ of_scene
-    difference = one / n - (of_scene.sum(0) - one) / m
-    statistic = np.abs(difference).sum(1) / 2 / scale
-    rows = [
-        {
-            "of": name.partition(":")[2],
-            "reference": float(np.nanmean(tables[name][:first])),
-            "production": float(np.nanmean(tables[name][first:])),
-        }
-        for name in names
-    ]
-    return float(statistic[0]), "total variation", _p(statistic), rows

@@ -5,12 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import pytest
+from prefect_api import api
 from registered import register_three
 from tiny import TINY
 
@@ -55,26 +55,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
             yield made
         finally:
             services.down(made)
-
-
-def api(place: Workspace, path: str, body: Any = None) -> Any:
-    """What Prefect's pages do: its REST interface."""
-    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
-    request = urllib.request.Request(
-        f"{url}/api/{path}",
-        json.dumps(body).encode() if body is not None else None,
-        {"Content-Type": "application/json"},
-    )
-    for attempt in range(10):
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            # Prefect's SQLite is busy: its own clients ask again too.
-            if error.code != 503 or attempt == 9:
-                raise
-            time.sleep(1)
-    raise AssertionError
 
 
 def ask(place: Workspace, *questions: tuple[str, list[str]]) -> list[str]:

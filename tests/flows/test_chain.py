@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from imagery import write_class_folders
+from prefect_api import api
 from tiny import TINY
 
 from ringmo import config
@@ -52,20 +53,9 @@ def run(workspace: Workspace, *arguments: str, expect: int = 0, **options: Any) 
     return answer
 
 
-def prefect(place: Workspace, path: str, body: dict[str, Any]) -> Any:
-    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
-    request = urllib.request.Request(
-        f"{url}/api/{path}",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
 def last_artifact(place: Workspace, key: str) -> str:
     """What the newest artifact of a key says, of a flow run."""
-    found = prefect(
+    found = api(
         place,
         "artifacts/filter",
         {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1},
@@ -124,9 +114,9 @@ def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) ->
     assert first["tasks"]["encoder"]["champion"] == "encoder/1"
     assert 0 <= scene["test_accuracy"] <= 1
     assert 0 <= scene["scratch_accuracy"] <= 1
-    names = {r["name"] for r in prefect(place, "task_runs/filter", {})}
+    names = {r["name"] for r in api(place, "task_runs/filter", {})}
     assert set(STAGES) <= names
-    runs = prefect(place, "artifacts/filter", {})
+    runs = api(place, "artifacts/filter", {})
     assert any(artifact["key"] == "summary" for artifact in runs)
     assert any(artifact["key"] == "mlflow-pretrain" for artifact in runs)
     assert "Passed: " in last_artifact(place, "validation")
@@ -141,7 +131,7 @@ def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspac
     assert set(second["stages"].values()) == {"cached"}
     assert took < 60
     assert shards == {p: p.stat().st_mtime_ns for p in place.store.rglob("*") if p.is_file()}
-    states = [r["state_name"] for r in prefect(place, "task_runs/filter", {"limit": 200})]
+    states = [r["state_name"] for r in api(place, "task_runs/filter", {"limit": 200})]
     assert states.count("Cached") >= len(STAGES)
 
 
@@ -206,14 +196,14 @@ def test_new_imagery_adds_shards_and_trains_anew(
     assert row["difference"] == pytest.approx(row["candidate_value"] - row["champion_value"])
     assert answer["tasks"]["scene"]["champion"] == "scene/3" and answer["left_behind"] == []
     assert "scene/2 on encoder/1" in last_artifact(place, "heads")
-    (shown,) = prefect(
+    (shown,) = api(
         place,
         "artifacts/filter",
         {"artifacts": {"key": {"any_": ["heads"]}}, "sort": "CREATED_DESC", "limit": 1},
     )
     steps = {
         one["name"]: one
-        for one in prefect(place, "task_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+        for one in api(place, "task_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
     }
     for model in ("encoder", "scene"):
         assert steps[f"register@{model}"]["end_time"] <= shown["created"]
@@ -407,18 +397,18 @@ def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
     for _ in range(2):
         done = ringmo(place, "deploy", "--json")
         assert done.returncode == 0, done.stderr[-3000:]
-    every = prefect(place, "deployments/filter", {})
+    every = api(place, "deployments/filter", {})
     found = [one for one in every if one["entrypoint"].endswith("retrain.retrain")]
     assert len(found) == 1 and len(every) == 2
     assert [s["schedule"]["cron"] for s in found[0]["schedules"]] == ["0 2 * * 0"]
-    flow_run = prefect(place, f"deployments/{found[0]['id']}/create_flow_run", {})
+    flow_run = api(place, f"deployments/{found[0]['id']}/create_flow_run", {})
     limit = time.monotonic() + 240
     state = ""
     while state not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
         assert time.monotonic() < limit, f"still {state}"
         time.sleep(2)
         filtered = {"flow_runs": {"id": {"any_": [flow_run["id"]]}}}
-        state = prefect(place, "flow_runs/filter", filtered)[0]["state_type"]
+        state = api(place, "flow_runs/filter", filtered)[0]["state_type"]
     assert state == "COMPLETED"
 
 

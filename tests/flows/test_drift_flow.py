@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect_api import api
 from registered import write_model
 from tiny import TINY
 
@@ -79,17 +79,6 @@ def recorded(place: Workspace, model: Any, images: Any) -> None:
         answer = model.task.answer(model.model, model.normalised({"rgb": images}))
     recorder.add({"rgb": images}, answer, [f"{i}.png" for i in range(len(images))])
     recorder.close()
-
-
-def api(place: Workspace, path: str, body: Any = None) -> Any:
-    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
-    request = urllib.request.Request(
-        f"{url}/api/{path}",
-        json.dumps(body).encode() if body is not None else None,
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
 
 
 def python(place: Workspace, code: str) -> str:

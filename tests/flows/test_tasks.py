@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import made_tasks
 import psutil
 import pytest
+from prefect_api import api
 from tiny import TINY
 
 from ringmo import config
@@ -51,14 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 def task_runs(place: Workspace) -> dict[str, dict[str, Any]]:
     """The newest run of each step, as Prefect's server has it."""
-    url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
-    request = urllib.request.Request(
-        f"{url}/api/task_runs/filter",
-        json.dumps({"sort": "EXPECTED_START_TIME_ASC"}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return {one["name"]: one for one in json.load(answer)}
+    found = api(place, "task_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+    return {one["name"]: one for one in found}
 
 
 def test_tasks_train_side_by_side_and_each_has_its_champion(place: Workspace) -> None:

@@ -106,7 +106,7 @@ def _register_on_a_full_disk(root: Path, room: int, said: Path) -> None:
 def test_a_full_disk(
     what: str,
     room: int,
-    server: Any,
+    request: Any,
     tracked: Workspace,
     make_model: Any,
     tmp_path: Path,
@@ -114,6 +114,7 @@ def test_a_full_disk(
 ) -> None:
     """Some files fit, and the weights do not."""
     if what == "store":
+        server = request.getfixturevalue("server")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     weights = make_model() / "model.safetensors"
     assert weights.stat().st_size > 30_000
