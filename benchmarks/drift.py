@@ -81,7 +81,7 @@ CHANGES: dict[str, Change] = {
     "season: red +20 %, green -20 %": lambda images: season(images, 0.20),
     "darker by 10 %": lambda images: darker(images, 0.10),
 }
-NEW = (0.1, 0.3)
+NEW = {0.1: (200, 600), 0.3: (50, 200, 360)}  # share → tiles; a class has 120 images to draw from
 
 
 @dataclass
@@ -288,15 +288,13 @@ def main(arguments: list[str]) -> int:
                 given.repeats,
                 lambda seed, c=change, n=tiles: world.with_change(c, n, seed),
             )
-    for share in NEW:
-        for tiles in SIZES[1:] if share == NEW[0] else SIZES:
+    for share, sizes in NEW.items():
+        for tiles in sizes:
             row(
                 f"new class, {100 * share:.0f} %",
-                min(tiles, 360) if share == NEW[1] else tiles,
+                tiles,
                 given.repeats,
-                lambda seed, s=share, n=tiles: world.with_new_class(
-                    s, min(n, 360) if s == NEW[1] else n, seed
-                ),
+                lambda seed, s=share, n=tiles: world.with_new_class(s, n, seed),
             )
     return 0
 

@@ -20,11 +20,11 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
 
     Flows are deployed by module path, so that an installed package serves any workspace.
     """
-    scheduled = {
-        "schedule.retrain": config.schedule.retrain,
-        "monitoring.cron": config.monitoring.cron,
+    crons = {"retrain": config.schedule.retrain, "ringmo-drift": config.monitoring.cron}
+    schedules = {
+        "retrain": _schedules(config, "schedule.retrain", crons["retrain"]),
+        "ringmo-drift": _schedules(config, "monitoring.cron", crons["ringmo-drift"]),
     }
-    crons = {key: _schedules(config, key, cron) for key, cron in scheduled.items()}
     with get_client(sync_client=True) as client:
         name = workspace.root.name
         place: dict[str, Any] = {
@@ -36,24 +36,18 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
             "job_variables": {"working_dir": str(workspace.root)},
         }
         root = str(workspace.root)
-        made: dict[str, tuple[Any, str | None]] = {
-            "retrain": (
-                retrain.to_deployment(
-                    schedules=crons["schedule.retrain"],
-                    triggers=[_on_drift(root)] if config.monitoring.retrain else [],
-                    parameters={"workspace": root, "reason": "schedule"},
-                    **place,
-                ),
-                config.schedule.retrain,
+        made: dict[str, Any] = {
+            "retrain": retrain.to_deployment(
+                schedules=schedules["retrain"],
+                triggers=[_on_drift(root)] if config.monitoring.retrain else [],
+                parameters={"workspace": root, "reason": "schedule"},
+                **place,
             ),
-            "ringmo-drift": (
-                ringmo_drift.to_deployment(
-                    schedules=crons["monitoring.cron"], parameters={"workspace": root}, **place
-                ),
-                config.monitoring.cron,
+            "ringmo-drift": ringmo_drift.to_deployment(
+                schedules=schedules["ringmo-drift"], parameters={"workspace": root}, **place
             ),
         }
-        ids = {flow: deployment.apply() for flow, (deployment, _) in made.items()}
+        ids = {flow: deployment.apply() for flow, deployment in made.items()}
         url = str(client.api_url).removesuffix("/").removesuffix("/api")
     return [
         {
@@ -61,7 +55,7 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
             "schedule": cron,
             "url": f"{url}/deployments/deployment/{ids[flow]}",
         }
-        for flow, (_, cron) in made.items()
+        for flow, cron in crons.items()
     ]
 
 

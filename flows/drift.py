@@ -1,9 +1,9 @@
 """Watching production: `ringmo drift` of every task on a schedule, and an event where it drifted.
 
 The event `ringmo.drift` is of resource `ringmo.model.TASK`; its payload is what `ringmo drift
---json` prints, without the tables. Whoever wants to act on it takes it as a trigger; with
-monitoring.retrain the retraining's deployment does. Once told, a drift of the same version is not
-told again for monitoring.quiet_days.
+--json` says of TOLD, and the names of the tests that found it. Whoever wants to act on it takes it
+as a trigger; with monitoring.retrain the retraining's deployment does. Once told, a drift of the
+same version is not told again for monitoring.quiet_days.
 """
 
 import json
@@ -35,6 +35,7 @@ def ringmo_drift(workspace: str) -> Any:
     Args:
         workspace: the workspace's folder on the worker's machine.
     """
+    from ringmo.data.page import save
     from ringmo.monitoring import drift, drift_page  # torch: who only deploys needs none of it
     from ringmo.registry import card_page
 
@@ -50,10 +51,12 @@ def ringmo_drift(workspace: str) -> Any:
             continue
         compared += 1
         page = place.state / "drift" / f"{task}.html"
-        drift_page.write(found, page, place)
-        markdown = card_page.as_markdown(drift_page.card(found, place))
+        shown = drift_page.card(found, place)
+        save(page, card_page.as_html(shown))
         create_markdown_artifact(
-            key=f"drift-{task}", markdown=markdown, description=drift.verdict(found)
+            key=f"drift-{task}",
+            markdown=card_page.as_markdown(shown),
+            description=drift.verdict(found),
         )
         lines.append(drift.verdict(found))
         if found.drifted:

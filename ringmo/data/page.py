@@ -199,13 +199,9 @@ def _height_image(tiles: store.TileStore, row: "pandas.Series[Any]") -> str:
     grey = np.nan_to_num((values - low) / max(high - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
     shown = np.stack([grey] * 3, axis=-1)
     shown[np.isnan(values)] = (0, 90, 200)
-    picture = Image.fromarray(shown)
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=80)
-    data = base64.b64encode(stream.getvalue()).decode()
     about = escape(f"{row['source']}: {low:.4g} to {high:.4g} m")
-    return f"<img loading='lazy' title='{about}' src='data:image/jpeg;base64,{data}'>"
+    address = inline_jpeg(Image.fromarray(shown), (2 * SIDE, 2 * SIDE))
+    return f"<img loading='lazy' title='{about}' src='{address}'>"
 
 
 def _aside(workspace: Workspace) -> str:
@@ -250,11 +246,17 @@ def tile_image(config: Config, tiles: store.TileStore, row: "pandas.Series[Any]"
     pixels = decode(tiles.read(row["shard"], row["offset"], row["size"]))
     shown = visible(pixels, sensor)
     picture = Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown)
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    address = inline_jpeg(picture, (2 * SIDE, 2 * SIDE))
+    return f"<img loading='lazy' title='{escape(about)}' src='{address}'>"
+
+
+def inline_jpeg(picture: Any, box: tuple[int, int]) -> str:
+    """A picture of Pillow's, made to fit a box (pixels), as the address of itself."""
+    picture = picture.convert("RGB")
+    picture.thumbnail(box)
     stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "JPEG", quality=80)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"<img loading='lazy' title='{escape(about)}' src='data:image/jpeg;base64,{data}'>"
+    picture.save(stream, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _map(manifest: "pandas.DataFrame") -> str:

@@ -4,8 +4,6 @@ Exact: every tile is looked at, some thousands at a time. Only tiles of the imag
 are: nothing teaches an encoder that the same place looks the same to two.
 """
 
-import base64
-import io
 import os
 import shutil
 from collections.abc import Iterable
@@ -22,7 +20,7 @@ from ringmo.config import Config, Sensor
 from ringmo.data import scenes, versions
 from ringmo.data.colours import visible
 from ringmo.data.decode import Pixels, decode
-from ringmo.data.page import save
+from ringmo.data.page import inline_jpeg, save
 from ringmo.data.store import TileStore
 from ringmo.errors import BadInput
 from ringmo.inference.embed import (
@@ -332,10 +330,7 @@ def _picture(pixels: Pixels, sensor: Sensor) -> str:
 
     colours = visible(pixels, sensor)
     picture = Image.fromarray(colours[:, :, 0] if colours.shape[2] == 1 else colours)
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
-    stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "JPEG", quality=85)
-    return f"<img src='data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}'>"
+    return f"<img src='{inline_jpeg(picture, (2 * SIDE, 2 * SIDE))}'>"
 
 
 def _write(

@@ -187,7 +187,7 @@ class _Sides:
 
     @property
     def scenes(self) -> int:
-        return self.drawn.shape[1]
+        return int(self.drawn.shape[1])
 
     def of(self, name: str) -> tuple[Array, Array]:
         """A column of the reference's tiles, and of production's."""
@@ -246,7 +246,7 @@ class _Sides:
         """Total variation between the mean answers of both sides' scenes."""
         of_scene = np.stack([np.nan_to_num(self.mean(name)) for name in names], 1)
         n = self.drawn[0].sum()
-        m = self.drawn.shape[1] - n
+        m = self.scenes - n
         # Of objects, numbers: as shares of all that there are in a scene of either side.
         scale = max(float(of_scene.sum(1).mean()), 1e-9)
         one = self.drawn.astype(np.float64) @ of_scene

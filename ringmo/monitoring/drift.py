@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringmo import console
+from ringmo import console, tasks
 from ringmo.config import Config
 from ringmo.errors import BadInput
 from ringmo.monitoring import comparison, record, reference
 from ringmo.monitoring.comparison import LEVEL, MOST, Comparison, Finding
+from ringmo.tasks.objects import ObjectTask
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def drift(
     import pandas as pd
 
     from ringmo.registry import listing, register
-    from ringmo.registry.bundle import load
+    from ringmo.registry.bundle import Bundle, load
     from ringmo.registry.tracker import Tracker
 
     today = datetime.now(UTC).date()
@@ -77,13 +78,14 @@ def drift(
     version = listing.resolve(workspace, ref, tracker)
     if version.model != task:
         raise BadInput(f"--model {ref} is a model of {version.model}, not of {task}")
-    if version.version:
-        bundle = register.open_bundle(tracker, version)
-    else:
-        bundle = load(Path(version.source))
-    production = recorded(workspace, task, bundle.hash, str(version), first)
+
+    def opened() -> Bundle:
+        return register.open_bundle(tracker, version) if registered else load(Path(version.source))
+
+    registered = bool(version.version)
+    production = recorded(workspace, task, version.bundle_hash, str(version), first)
     expected, made_of = reference.of_version(
-        workspace, tracker if version.version else None, version, bundle
+        workspace, tracker if registered else None, version, opened
     )
     compared = comparison.compare(expected, production)
     until = max(row.date() for row in pd.to_datetime(production["time"]))
@@ -125,14 +127,11 @@ def recorded(
     files = [f for day, path in every if day >= since for f in sorted(path.glob("part-*.parquet"))]
     parts, unread = [], 0
     for number, file in enumerate(files):
-        try:
-            some = pd.read_parquet(file, columns=list(KNOWN))
-        except (OSError, ValueError):
+        some = _read(file, list(KNOWN))
+        if some is None:
             unread += 1
         else:
             parts.append(some.assign(file=number, at=np.arange(len(some))))
-    if unread:
-        console.note(f"{unread} files of {where} could not be read and are left out")
     if not parts:
         raise BadInput(
             f"production has recorded nothing of {task} since {since}; the last day with tiles "
@@ -151,15 +150,37 @@ def recorded(
     order = np.random.default_rng(0).permutation(len(own))[:MOST]
     chosen = own.iloc[np.sort(order)]
     # Only of these all columns: a month of production need not fit into memory.
-    whole = [
-        pd.read_parquet(files[number]).iloc[chosen["at"][chosen["file"] == number].to_numpy()]
-        for number in chosen["file"].unique().tolist()
-    ]
+    whole = []
+    for number in chosen["file"].unique().tolist():
+        rows_of = _read(files[number])
+        if rows_of is None:
+            unread += 1
+        else:
+            whole.append(rows_of.iloc[chosen["at"][chosen["file"] == number].to_numpy()])
+    if unread:
+        console.note(f"{unread} files of {where} could not be read and are left out")
+    if not whole:
+        raise BadInput(f"{where}: none of the files since {since} can be read")
     together: pd.DataFrame = pd.concat(whole, ignore_index=True)
     return together.dropna(axis=1, how="all")
 
 
-def said(finding: Finding) -> str:
+def _read(file: Path, columns: list[str] | None = None) -> "pd.DataFrame | None":
+    """None: it is damaged, or whoever keeps the sample has just removed it."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(file, columns=columns)
+    except (OSError, ValueError):
+        return None
+
+
+def counts(task: str) -> bool:
+    """Whether the answer has of each class a number of objects, and not a share."""
+    return isinstance(tasks.find(task), ObjectTask)
+
+
+def said(finding: Finding, task: str) -> str:
     """A finding in words."""
     if finding.test in ("bands", "answers"):
         moved = sorted(
@@ -175,17 +196,14 @@ def said(finding: Finding) -> str:
     if finding.test == "embedding":
         return "the images look different to the model"
     if finding.test == "classes":
+        amount = "{:.1f}".format if counts(task) else lambda share: f"{100 * share:.0f} %"
         moves = sorted(finding.parts, key=lambda p: -abs(p["production"] - p["reference"]))
         return ", ".join(
-            f"{p['of']} {_amount(p['reference'])} → {_amount(p['production'])}" for p in moves[:3]
+            f"{p['of']} {amount(p['reference'])} → {amount(p['production'])}" for p in moves[:3]
         )
     shift = finding.parts[0] if finding.parts else {"reference": 0.0, "production": 0.0}
     way = "less" if shift["production"] < shift["reference"] else "more"
     return f"{way} sure: {100 * shift['reference']:.0f} % → {100 * shift['production']:.0f} %"
-
-
-def _amount(value: float) -> str:
-    return f"{100 * value:.0f} %" if value <= 1 else f"{value:.1f}"
 
 
 def verdict(drift: Drift) -> str:
@@ -219,7 +237,7 @@ def result(drift: Drift, page: str | None = None) -> dict[str, Any]:
                 "unit": finding.unit,
                 "p": round(finding.p, 6),
                 "p_adjusted": round(finding.adjusted, 6),
-                "said": said(finding),
+                "said": said(finding, drift.task),
                 "parts": [_plain(part) for part in finding.parts],
             }
             for finding in drift.comparison.findings
@@ -245,7 +263,7 @@ def text(drift: Drift, page: str | None = None) -> str:
             f"{finding.value:.3g} {finding.unit}",
             f"{finding.p:.3f}",
             f"{finding.adjusted:.3f}",
-            said(finding),
+            said(finding, drift.task),
         )
         for finding in drift.comparison.findings
     ]

@@ -4,8 +4,6 @@ The verdict, a row a test, histograms of both sides, and the tiles that are fart
 reference: their pictures where they were kept, or where their file can still be read.
 """
 
-import base64
-import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringmo.config import Sensor
-from ringmo.data.page import save
+from ringmo.data.page import inline_jpeg, save
 from ringmo.errors import BadInput
 from ringmo.monitoring import record
 from ringmo.monitoring.comparison import LEVEL
-from ringmo.monitoring.drift import Drift, said, verdict
+from ringmo.monitoring.drift import Drift, counts, said, verdict
 from ringmo.registry import card_page
 from ringmo.registry.card_page import Badge, Block, Card, Drawing, Section, Share, Table, Text
 from ringmo.workspace import Workspace
@@ -30,13 +28,12 @@ BINS = 30
 WIDE, HIGH = 280, 90  # pixels of a histogram
 SIDE = 128  # of a picture
 BLUE, ORANGE = "#0072b2", "#d55e00"  # reference, production: Okabe and Ito's
-MEASURES = {"mean": "mean", "deviation": "deviation", "p2": "2nd percentile", "p98": "98th"}
 TESTS = {
-    "bands": "The bands",
-    "embedding": "The embedding",
-    "classes": "The answers",
-    "answers": "The answers",
-    "confidence": "The confidence",
+    "bands": "Bands",
+    "embedding": "Embedding",
+    "classes": "Answers",
+    "answers": "Answers",
+    "confidence": "Confidence",
 }
 
 
@@ -52,17 +49,16 @@ def write(drift: Drift, out: Path, workspace: Workspace) -> None:
 def card(drift: Drift, workspace: Workspace) -> Card:
     """The page as sections, from which `card_page` makes HTML or Markdown."""
     compared = drift.comparison
-    drifted = [finding.test for finding in compared.findings if finding.drifted]
     headline = [
         (
-            TESTS[finding.test].removeprefix("The ").capitalize(),
+            TESTS[finding.test],
             "drift" if finding.drifted else "as before",
             f"p {finding.adjusted:.3f}",
         )
         for finding in compared.findings
     ]
     sections = [_tests(drift), *_bands(drift), *_answers(drift), _unusual(drift, workspace)]
-    badge = Badge("drift", "bad") if drifted else Badge("no drift", "good")
+    badge = Badge("drift", "bad") if drift.drifted else Badge("no drift", "good")
     days = f"{drift.since} to {drift.until}"
     return Card(
         title=f"Drift of {drift.version}",
@@ -79,13 +75,13 @@ def card(drift: Drift, workspace: Workspace) -> Card:
 def _tests(drift: Drift) -> Section:
     rows = [
         (
-            TESTS[finding.test].removeprefix("The "),
+            TESTS[finding.test],
             "yes" if finding.drifted else "no",
             f"{finding.value:.3g}",
             finding.unit,
             f"{finding.p:.3f}",
             f"{finding.adjusted:.3f}",
-            said(finding),
+            said(finding, drift.task),
         )
         for finding in drift.comparison.findings
     ]
@@ -127,7 +123,7 @@ def _bands(drift: Drift) -> list[Section]:
     blocks.append(Drawing("".join(drawings), "(Histograms are in the HTML page.)"))
     header = ("band", "measure", "reference", "production", "shift", "p")
     blocks.append(Table(header, rows, "measures of bands"))
-    return [Section("The bands", blocks)]
+    return [Section(TESTS["bands"], blocks)]
 
 
 def _values(drift: Drift, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -142,7 +138,7 @@ def _answers(drift: Drift) -> list[Section]:
         blocks: list[Block] = []
         if finding.test == "classes":
             order = sorted(finding.parts, key=lambda p: -abs(p["production"] - p["reference"]))
-            shares = all(max(p["reference"], p["production"]) <= 1 for p in order)
+            shares = not counts(drift.task)
 
             def cell(value: float, shares: bool = shares) -> Any:
                 return Share(value) if shares else f"{value:.2f}"
@@ -208,17 +204,12 @@ def _unusual(drift: Drift, workspace: Workspace) -> Section:
     for _, row in rows.iterrows():
         picture = _picture(row, drift, workspace)
         missing += picture is None
-        shown = (
-            f"<img src='data:image/jpeg;base64,{base64.b64encode(picture).decode()}' alt=''>"
-            if picture
-            else ""
-        )
-        if shown:
+        if picture is not None:
             name = str(row["name"])
             figures.append(
                 f"<figure class='small' style='width:{SIDE + 20}px' title='"
-                f"{escape(name, quote=True)}'>{shown}<figcaption>{row['distance']:.2f} · "
-                f"{escape(_short(name))}</figcaption></figure>"
+                f"{escape(name, quote=True)}'><img src='{picture}' alt=''>"
+                f"<figcaption>{row['distance']:.2f} · {escape(_short(name))}</figcaption></figure>"
             )
     blocks: list[Block] = [Text(text)]
     if figures:
@@ -243,13 +234,13 @@ def _moment(row: "pd.Series[Any]") -> str:
 
 
 def _short(name: str) -> str:
-    file, _, window = name.rpartition(record.WINDOW)
-    last = Path(file or window).name
-    return f"{last}, {window}" if file else last
+    file, window = record.parted(name)
+    last = Path(file).name
+    return f"{last}, {window}" if window else last
 
 
-def _picture(row: "pd.Series[Any]", drift: Drift, workspace: Workspace) -> bytes | None:
-    """A tile as JPEG: as it was kept, else cut out of its file again; None where neither is."""
+def _picture(row: "pd.Series[Any]", drift: Drift, workspace: Workspace) -> str | None:
+    """The address of a tile as it was kept, else cut out of its file again; None: neither is."""
     from PIL import Image
 
     kept = (
@@ -260,40 +251,31 @@ def _picture(row: "pd.Series[Any]", drift: Drift, workspace: Workspace) -> bytes
     )
     try:
         if kept.is_file():
-            picture = Image.open(kept).convert("RGB")
+            picture: Image.Image = Image.open(kept)
         else:
             found = _cut(str(row["name"]), workspace)
             if found is None:
                 return None
-            picture = Image.fromarray(found).convert("RGB")
-        picture.thumbnail((2 * SIDE, SIDE))
-        stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=82)
-        return stream.getvalue()
+            picture = Image.fromarray(found[:, :, 0] if found.shape[2] == 1 else found)
+        return inline_jpeg(picture, (2 * SIDE, SIDE))
     except (OSError, ValueError, BadInput, Image.DecompressionBombError):
         return None
 
 
 def _cut(name: str, workspace: Workspace) -> NDArray[np.uint8] | None:
-    """A window of a local file, as people see it; None where there is no such file.
-
-    Requests of a server have names too, which strangers may choose: only a plain file is read.
-    """
-    import rasterio
+    """A window of a local image, (h, w, 1 or 3) as people see it; None: no such file."""
     from rasterio.windows import Window
 
     from ringmo.config import Config
+    from ringmo.data import scenes
     from ringmo.data.colours import visible
-    from ringmo.data.decode import expect_no_coordinates
 
-    expect_no_coordinates()
-
-    file, _, window = name.rpartition(record.WINDOW)
-    path = Path(file or name)
-    if not path.is_absolute() or not path.is_file() or path.suffix.lower() not in SUFFIXES:
+    file, window = record.parted(name)
+    path = Path(file)
+    if not path.is_absolute() or not path.is_file():
         return None
-    with rasterio.open(path, driver=DRIVERS[path.suffix.lower()]) as opened:
-        if file:
+    with scenes.opened(path) as opened:
+        if window:
             left, top, wide, high = (float(part) for part in window.split(","))
             cut: Any = Window(left, top, wide, high)
         else:
@@ -303,7 +285,7 @@ def _cut(name: str, workspace: Workspace) -> NDArray[np.uint8] | None:
         pixels = opened.read(window=cut, out_shape=(opened.count, *shape)).transpose(1, 2, 0)
     for sensor in Config.load(workspace.params_file).sensors.values():
         if len(sensor.bands) == pixels.shape[2] and sensor.dtype == str(pixels.dtype):
-            return _grey_or_colour(visible(pixels, sensor))
+            return visible(pixels, sensor)
     plain = Sensor.model_validate(
         {
             "bands": [f"{i}" for i in range(pixels.shape[2])],
@@ -312,12 +294,4 @@ def _cut(name: str, workspace: Workspace) -> NDArray[np.uint8] | None:
             "std": [1.0] * pixels.shape[2],
         }
     )
-    return _grey_or_colour(visible(np.abs(pixels).astype(np.float32), plain))
-
-
-DRIVERS = {".tif": "GTiff", ".tiff": "GTiff", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-SUFFIXES = set(DRIVERS)
-
-
-def _grey_or_colour(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(picture, 3, 2) if picture.shape[2] == 1 else picture
+    return visible(np.abs(pixels).astype(np.float32), plain)

@@ -6,20 +6,22 @@
 Any number of processes write side by side: each writes whole files of its own, under a temporary
 name first. Whoever is killed loses the rows that it had not written yet, and no other.
 
-    recorder = record.open_recorder(workspace, bundle, "scene/7", config.monitoring)
+    recorder = record.Recorder(workspace, bundle, "scene/7", config.monitoring)
     answer = task.answer(bundle.model, bundle.normalised(pixels))
     recorder.add(pixels, answer, names)          # in the same thread, right after the answer
     recorder.close()
 """
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ringmo.config import Monitoring, Sensor
 from ringmo.monitoring import facts
+from ringmo.stage import whole_file
 from ringmo.tasks.base import SECOND
 from ringmo.workspace import Workspace
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
 WINDOW = "#"  # between a scene's name and a window's in the name of a tile
+OF_SCENE = re.compile(rf"(.+){WINDOW}(\d+(?:,\d+){{3}})", re.DOTALL)
 ROWS = 512  # written together
 WAIT_S = 60.0  # after which rows are written, however few they are
 PREVIEW = 128  # pixels of a side, at most
@@ -53,19 +57,22 @@ class Recorder:
     def __init__(
         self, workspace: Workspace, bundle: "Bundle", version: str, settings: Monitoring
     ) -> None:
+        """
+        Args:
+            version: as `scene/7`. settings: `monitoring` of params.yaml; with a share of 0
+                nothing is kept, and nothing is done.
+        """
         self.bundle, self.version, self.settings = bundle, version, settings
         self.folder = folder(workspace, str(bundle.meta["kind"]))
-        self._said: set[str] = set()
+        self._said: set[Any] = set()
         self._rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._embeddings: facts.Embeddings | None = None
         self._pruned: date | None = None
         if settings.share > 0:
-            try:
+            with self._only_logged():
                 self._embeddings = facts.Embeddings(bundle)
-            except Exception as error:
-                self._failed(error)
 
     def add(
         self,
@@ -87,15 +94,13 @@ class Recorder:
         """
         if self.settings.share <= 0:
             return
-        try:
+        with self._only_logged():
             rows = [i for i, name in enumerate(named) if sampled(name, self.settings.share)]
             side, count = next(iter(pixels.values())).shape[-1], len(named)
             if embeddings is None and self._embeddings is not None:
                 embeddings = self._embeddings.taken(count, side)
             if rows:
                 self._keep(pixels, answer, named, rows, embeddings)
-        except Exception as error:
-            self._failed(error)
 
     def close(self) -> None:
         """Write what is left, and leave the model as it was."""
@@ -110,7 +115,7 @@ class Recorder:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-        try:
+        with self._only_logged():
             by_day: dict[str, list[dict[str, Any]]] = {}
             for row in rows:
                 by_day.setdefault(row["time"].date().isoformat(), []).append(row)
@@ -118,8 +123,6 @@ class Recorder:
                 _write(self.folder / day, some)
             if by_day:
                 self._prune()
-        except Exception as error:
-            self._failed(error)
 
     def _keep(
         self,
@@ -141,7 +144,7 @@ class Recorder:
                 {
                     "time": now,
                     "name": named[row],
-                    "scene": named[row].rpartition(WINDOW)[0] or named[row],
+                    "scene": parted(named[row])[0],
                     "version": self.version,
                     "bundle": self.bundle.hash,
                     "digest": digest.hexdigest(),
@@ -172,29 +175,30 @@ class Recorder:
             if day <= today - timedelta(days=self.settings.keep_days):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _failed(self, error: Exception) -> None:
-        """One line in the log, once for each reason: an answer is never late or lost for it."""
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if line not in self._said:
-            self._said.add(line)
-            log.warning("monitoring: tiles of %s are not recorded: %s", self.version, line)
-
-
-def open_recorder(
-    workspace: Workspace, bundle: "Bundle", version: str, settings: Monitoring
-) -> Recorder:
-    """What keeps a sample of a model's answers in production.
-
-    Args:
-        version: as `scene/7`. settings: `monitoring` of params.yaml; with a share of 0 nothing is
-            kept, and nothing is done.
-    """
-    return Recorder(workspace, bundle, version, settings)
+    @contextlib.contextmanager
+    def _only_logged(self) -> Iterator[None]:
+        """What goes wrong is one line in the log, once for each reason."""
+        try:
+            yield
+        # Whatever it is: an answer is never late or lost for the sample's sake.
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            # The system's errors name a file, another each time.
+            reason = (type(error), getattr(error, "errno", None) or line)
+            if reason not in self._said:
+                self._said.add(reason)
+                log.warning("monitoring: tiles of %s are not recorded: %s", self.version, line)
 
 
 def folder(workspace: Workspace, task: str) -> Path:
     """Where the samples of a task lie."""
     return workspace.state / "production" / task
+
+
+def parted(name: str) -> tuple[str, str]:
+    """A tile's scene, file or request, and its window in it: COL,ROW,WIDTH,HEIGHT, or nothing."""
+    found = OF_SCENE.fullmatch(name)
+    return (found[1], found[2]) if found else (name, "")
 
 
 def sampled(name: str, share: float) -> bool:
@@ -231,19 +235,15 @@ def preview(path: Path, pixels: Mapping[str, Tensor], row: int, bundle: "Bundle"
         parts.append(np.repeat(picture, 3, 2) if picture.shape[2] == 1 else picture)
     sheet = Image.fromarray(np.ascontiguousarray(np.concatenate(parts, 1)))
     sheet.thumbnail((PREVIEW * len(parts), PREVIEW))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    sheet.save(temporary, "PNG")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _write(where: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A whole file of its own, or none."""
-    where.mkdir(parents=True, exist_ok=True)
     name = f"part-{time.time_ns():019d}-{os.getpid()}-{uuid.uuid4().hex[:8]}.parquet"
-    temporary = where / f".{name}.tmp"
-    write_table(temporary, rows)
-    temporary.replace(where / name)
+    with whole_file(where / name) as temporary:
+        write_table(temporary, rows)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

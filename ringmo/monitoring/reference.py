@@ -4,6 +4,7 @@
 reference.parquet. Of a version from before that, it is made from the tile store where that is.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ringmo.monitoring.comparison import MOST
 from ringmo.monitoring.record import WINDOW, write_table
 from ringmo.registry.bundle import read_size
 from ringmo.registry.register import REFERENCE
+from ringmo.stage import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,10 +48,8 @@ def write(path: Path, bundle: "Bundle", workspace: "Workspace", selection: Path)
         rows += _rows(bundle, tiles, split)
     if not rows:
         return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_table(temporary, rows)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        write_table(temporary, rows)
     return len(rows)
 
 
@@ -94,9 +94,15 @@ def _rows(bundle: "Bundle", tiles: SelectedTiles, split: str) -> list[dict[str, 
 
 
 def of_version(
-    workspace: "Workspace", tracker: "Tracker | None", version: "Version", bundle: "Bundle"
+    workspace: "Workspace",
+    tracker: "Tracker | None",
+    version: "Version",
+    opened: "Callable[[], Bundle]",
 ) -> "tuple[pd.DataFrame, str]":
     """A version's reference, and where it came from, in words.
+
+    Args:
+        opened: gives its bundle, which is needed only where there is no reference yet.
 
     Raises:
         BadInput: it took none along, and the tiles it was measured on are not here.
@@ -105,7 +111,7 @@ def of_version(
 
     import pandas as pd
 
-    made = workspace.state / "references" / f"{bundle.hash[:16]}.parquet"
+    made = workspace.state / "references" / f"{version.bundle_hash[:16]}.parquet"
     if made.is_file():
         return pd.read_parquet(made), f"made from the tile store ({made.name})"
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +125,7 @@ def of_version(
                 f"go to the workspace that made it, or evaluate and register it again"
             )
         console.note(f"{version} has no reference: made now from its tiles in the store")
-        if not write(made, bundle, workspace, selection):
+        if not write(made, opened(), workspace, selection):
             raise BadInput(f"{version}: the store has no validation or test tiles of its sensor")
     return pd.read_parquet(made), "made now from the tile store: the version has none"
 

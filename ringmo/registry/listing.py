@@ -7,7 +7,7 @@ from typing import Any
 
 from ringmo import console
 from ringmo.errors import BadInput
-from ringmo.registry.tracker import Tracker, Version
+from ringmo.registry.tracker import Tracker, Version, bundle_hash
 from ringmo.workspace import Workspace
 
 
@@ -44,6 +44,7 @@ def of_folder(folder: Path) -> Version:
     meta = load_meta(folder)
     figures = {name: str(value) for name, value in meta["figures"].items()}
     about = {
+        "bundle_hash": bundle_hash(folder),
         "kind": meta["kind"],
         "generated": str(bool(meta["generated"])).lower(),
         "selection": meta["lineage"].get("selection"),

@@ -74,7 +74,7 @@ def champion(place: Workspace) -> None:
 def recorded(place: Workspace, model: Any, images: Any) -> None:
     import torch
 
-    recorder = record.open_recorder(place, model, "scene/1", Monitoring(share=1.0))
+    recorder = record.Recorder(place, model, "scene/1", Monitoring(share=1.0))
     with torch.inference_mode():
         answer = model.task.answer(model.model, model.normalised({"rgb": images}))
     recorder.add({"rgb": images}, answer, [f"{i}.png" for i in range(len(images))])

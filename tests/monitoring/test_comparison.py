@@ -176,3 +176,24 @@ def test_too_little_is_said() -> None:
         compare(rows(random, 100), rows(random, 5))
     with pytest.raises(BadInput, match="1 scenes of production and 4 of the reference"):
         compare(rows(random, 4, 20), rows(random, 1, 40))
+
+
+@pytest.mark.parametrize(("places", "drifted"), [(79, True), (78, None)])
+def test_where_chance_alone_could_do_it_nothing_is_compared_and_else_it_can_be_found(
+    places: int, drifted: bool | None
+) -> None:
+    """One scene of production, as far from all others as can be."""
+    random = np.random.default_rng(12)
+    before, now = rows(random, places), rows(random, 1, 40, shift=50)
+    if drifted is None:
+        with pytest.raises(BadInput, match="too few"):
+            compare(before, now)
+    else:
+        found = {f.test: f for f in compare(before, now).findings}
+        assert found["embedding"].p == 1 / (places + 1) and found["embedding"].drifted
+
+
+def test_all_ways_there_are_each_once() -> None:
+    chosen = comparison._drawn(6, 2, np.random.default_rng(0))
+    assert len(chosen) == 15 == len({tuple(row) for row in chosen})
+    assert chosen[0].tolist() == [0, 0, 0, 0, 1, 1] and set(chosen.sum(1)) == {2}

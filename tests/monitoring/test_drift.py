@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from answering import answered
@@ -17,7 +18,9 @@ from ringmo.cli import main
 from ringmo.config import Config, Monitoring
 from ringmo.data.loading import SelectedTiles
 from ringmo.inference.model import open_bundle
+from ringmo.monitoring import drift as drifting
 from ringmo.monitoring import record
+from ringmo.monitoring.comparison import Finding
 from ringmo.registry.register import REFERENCE, register
 from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace
@@ -40,7 +43,7 @@ def produced(
     rows = [i for i, label in enumerate(tiles.table["label"]) if not labels or label in labels]
     rows = rows[::3]
     settings = Monitoring(share=1.0, pixels=pixels)
-    recorder = record.open_recorder(place, model, version, settings)
+    recorder = record.Recorder(place, model, version, settings)
     for start in range(0, len(rows), 20):
         some = rows[start : start + 20]
         images = torch.stack([tiles.small(row, 32) for row in some])
@@ -212,6 +215,26 @@ def test_a_restarted_scene_counts_once_and_a_damaged_file_not_at_all(
     (folder / ".part-0-killed.parquet.tmp").write_bytes(b"PAR1")
     code, said = drift(watched, capsys)
     assert code == 0 and said["tiles"]["production"] == count
+    # The newest rows in a file whose damage does not show in the columns that are read first.
+    whole = max(folder.glob("part-1*.parquet"))
+    column = pq.ParquetFile(whole).metadata.row_group(0).column(10)
+    data = bytearray(whole.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    (folder / "part-9-torn.parquet").write_bytes(data)
+    assert "none of the files since" in failed(watched, capsys)
+
+
+def test_findings_are_told_in_words() -> None:
+    def finding(test: str, before: float, now: float) -> Finding:
+        part = {"of": "ship", "reference": before, "production": now}
+        return Finding(test, 1.0, "x", 0.001, 0.004, [part])
+
+    assert drifting.said(finding("confidence", 0.9, 0.6), "scene") == "less sure: 90 % → 60 %"
+    assert drifting.said(finding("confidence", 0.6, 0.9), "scene") == "more sure: 60 % → 90 %"
+    assert drifting.said(finding("classes", 0.8, 0.2), "scene") == "ship 80 % → 20 %"
+    # Of boxes there is a number in a tile, however few.
+    assert drifting.said(finding("classes", 0.8, 0.2), "detection") == "ship 0.8 → 0.2"
 
 
 def test_an_older_version_has_its_reference_made(

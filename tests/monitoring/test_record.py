@@ -1,5 +1,6 @@
 """What production keeps of its tiles: right, by any number of processes, and never in its way."""
 
+import errno
 import logging
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ringmo import tasks
 from ringmo.config import Monitoring
-from ringmo.monitoring import record
+from ringmo.monitoring import facts, record
 from ringmo.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +38,7 @@ def test_embeddings_are_those_of_the_pass_that_answered(
     workspace: Workspace, tmp_path: Path, task: str, side: int, vit: bool
 ) -> None:
     model = write_model(tmp_path / "model", task, vit=vit)
-    recorder = record.open_recorder(workspace, model, f"{task}/1", ALL)
+    recorder = record.Recorder(workspace, model, f"{task}/1", ALL)
     answered(model, batch(task, 2, side, seed=1))  # somebody else's, which nobody keeps
     pixels = batch(task, 3, side)
     recorder.add(pixels, answered(model, pixels), ["a", "b", "c#0,0,9,9"])
@@ -92,7 +93,7 @@ def test_statistics_are_in_the_units_of_the_mean_and_leave_nodata_out(
 class record_of:
     def __init__(self, workspace: Workspace, model: Any, **settings: Any) -> None:
         values = {"share": 1.0, **settings}
-        self.recorder = record.open_recorder(workspace, model, "x/1", Monitoring(**values))
+        self.recorder = record.Recorder(workspace, model, "x/1", Monitoring(**values))
 
     def __enter__(self) -> record.Recorder:
         return self.recorder
@@ -206,7 +207,7 @@ from ringmo.registry import bundle
 from ringmo.workspace import Workspace
 record.ROWS = 16
 model = bundle.load(Path(sys.argv[1]).parent / "model")
-recorder = record.open_recorder(Workspace(Path(sys.argv[1])), model, "scene/1",
+recorder = record.Recorder(Workspace(Path(sys.argv[1])), model, "scene/1",
                                 Monitoring(share=1.0))
 pixels = batch("scene", 16, 32)
 for i in range(int(sys.argv[2])):
@@ -258,3 +259,57 @@ def test_rows_are_written_after_a_while_however_few(
             time.sleep(0.05)
         (row,) = kept(workspace).to_dict("records")
         assert row["bundle"] == model.hash
+
+
+def test_a_large_tile_is_looked_at_all_over(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "LOOKED_AT", 100)
+    model = write_model(tmp_path / "model", "scene")
+    pixels = batch("scene", 1, 32)
+    pixels["rgb"][0] = torch.arange(1, 33, dtype=torch.uint8)[:, None] * 7  # darker at the top
+    with record_of(workspace, model) as recorder:
+        recorder.add(pixels, answered(model, pixels), ["a"])
+    (row,) = kept(workspace).to_dict("records")
+    assert row["mean:rgb:red"] == pytest.approx(16.5 * 7, rel=0.05)
+    pixels["rgb"][0] = torch.arange(1, 33, dtype=torch.uint8) * 7  # and at the left
+    with record_of(workspace, model) as recorder:
+        recorder.add(pixels, answered(model, pixels), ["b"])
+    last = kept(workspace).set_index("name").loc["b"]
+    assert last["mean:rgb:red"] == pytest.approx(16.5 * 7, rel=0.05)
+
+
+def test_a_pass_of_other_images_is_no_embedding(workspace: Workspace, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "scene")
+    three = batch("scene", 3, 32)
+    with record_of(workspace, model) as recorder:
+        answer = answered(model, three)
+        recorder.add({"rgb": three["rgb"][:2]}, answer[:2], ["a", "b"])
+    assert "embedding" not in kept(workspace) or kept(workspace)["embedding"].isna().all()
+
+
+def test_a_tile_s_scene_is_its_file_whatever_that_is_called() -> None:
+    assert record.parted("/d/tile#1.tif") == ("/d/tile#1.tif", "")
+    assert record.parted("/d/tile#1.tif#0,8,64,32") == ("/d/tile#1.tif", "0,8,64,32")
+    assert record.parted("5f2c") == ("5f2c", "")
+
+
+def test_a_disk_that_takes_nothing_is_told_once(
+    workspace: Workspace,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, rows: Any) -> None:
+        path.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(record, "write_table", full)
+    model = write_model(tmp_path / "model", "scene")
+    pixels = batch("scene", 1, 32)
+    with caplog.at_level(logging.WARNING), record_of(workspace, model) as recorder:
+        for name in "abc":
+            recorder.add(pixels, answered(model, pixels), [name])
+            recorder.flush()
+    assert len(caplog.records) == 1
+    assert [p for p in (workspace.state / "production").rglob("*") if p.is_file()] == []
