@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import ringmo
 from ringmo.errors import BadInput
-from ringmo.inference import mosaic, preview, scene_boxes, stac
+from ringmo.inference import answers, mosaic, preview, scene_boxes, stac
 from ringmo.inference.block_answers import (
     Arrays,
     Block,
@@ -644,15 +644,11 @@ class _Delivery:
         if masks:
             mask = small.astype(np.uint8)
             preview.of_mask(files["preview"], self.pixels, self.sensor, mask, self.classes)
-            shares = counts / max(1, counts.sum())
-            told = dict(zip(self.classes, shares.tolist(), strict=True))
-            return files, {"said": _largest(told), "shares": told}
+            return files, answers.of_counts(counts, self.classes)
         preview.of_heights(files["preview"], self.pixels, self.sensor, small)
         if not metres[0]:
             raise BadInput("no data in any of its pixels")
-        told = {"lowest": metres[1], "mean": metres[2] / metres[0], "highest": metres[3]}
-        said = ", ".join(f"{name} {value:.1f} m" for name, value in told.items())
-        return files, {"said": said, **{f"{n}_m": float(v) for n, v in told.items()}}
+        return files, answers.of_metres(metres[1], metres[2] / metres[0], metres[3])
 
     def _cells(self, kind: Cells) -> tuple[dict[str, Path], dict[str, Any]]:
         height, width = kind.shape
@@ -671,10 +667,8 @@ class _Delivery:
         mosaic.write(path, place, layer, [(0, 0, said)], self.folder.folder)
         files = {"mask": path, "cells": table, "preview": self._path("preview.png")}
         preview.of_mask(files["preview"], self.pixels, self.sensor, said, self.classes)
-        counts = np.bincount(said.ravel(), minlength=UNKNOWN + 1)[: len(self.classes)]
-        shares = counts / max(1, counts.sum())
-        told = dict(zip(self.classes, shares.tolist(), strict=True))
-        return files, {"said": _largest(told), "shares": told, "cells": int(counts.sum())}
+        told = answers.of_counts(np.bincount(said.ravel(), minlength=UNKNOWN + 1), self.classes)
+        return files, {**told, "cells": int((said != UNKNOWN).sum())}
 
     def _boxes(self, kind: Boxes) -> tuple[dict[str, Path], dict[str, Any]]:
         from ringmo.tasks.objects import SURE, ObjectTask
@@ -711,18 +705,11 @@ class _Delivery:
             found.labels[sure].tolist(),
             self.classes,
         )
-        from ringmo.inference.answers import summed_up
-
         told = [
             {"class": self.classes[label], "score": score}
             for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
         ]
-        return files, summed_up({"boxes": told}, self.classes)
-
-
-def _largest(shares: Mapping[str, float]) -> str:
-    largest = sorted(shares, key=lambda name: -shares[name])[:3]
-    return ", ".join(f"{name} {shares[name]:.1%}" for name in largest)
+        return files, answers.summed_up({"boxes": told}, self.classes)
 
 
 def _decimated(path: Path, shape: tuple[int, int]) -> NDArray[Any]:
