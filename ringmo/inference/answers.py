@@ -85,7 +85,7 @@ def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: A
     features = []
     for box in boxes:
         points = [tuple(point) for point in box["points"]]
-        if crs is not None and transform is not None:
+        if crs is not None:
             from rasterio.warp import transform as to_degrees
 
             xs, ys = zip(*(transform @ point for point in points), strict=True)
