@@ -336,8 +336,8 @@ def test_a_scene_model_says_what_each_window_shows(tmp_path: Path, monkeypatch: 
         ground = file.read().transpose(1, 2, 0)
     colours = np.array([colour(i) for i in range(3)])
     over = np.abs((2 * picture - ground)[..., None, :] - colours).sum(-1).argmin(-1)
-    assert len(np.unique(mask[-2:, -2:])) > 1
-    assert (over == np.kron(mask, np.ones((128, 128), int))[:700, :1000]).mean() > 0.999
+    assert len(np.unique(mask)) > 1
+    assert over.tolist() == np.kron(mask, np.ones((128, 128), int))[:700, :1000].tolist()
     said = bundle.predict([pixels(700, 1000)[128:256, 256:384]])[0]
     (cell,) = [row for row in rows if (row["row"], row["col"]) == ("1", "2")]
     assert [float(cell[name]) for name in CLASSES] == pytest.approx(said.tolist(), abs=5e-3)
@@ -347,9 +347,7 @@ def test_a_scene_model_says_what_each_window_shows(tmp_path: Path, monkeypatch: 
 def test_of_several_classes_a_cell_names_all_that_are_likely(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "in.tif", pixels(200, 300))
     model = real_model("scene", CLASSES)
-    for parameter in model.parameters():
-        if parameter.shape == (len(CLASSES),):
-            nn.init.constant_(parameter, 2.0)
+    model.multi_label = True
     settings = Finetune.model_validate({**PLAIN, "multi_label": True}).model_dump(mode="json")
     answered(bundle_of("scene", model, size=64, settings=settings), tmp_path, scene)
     with (tmp_path / "s.cells.csv").open() as file:
