@@ -5,10 +5,10 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.imagery import ROOT
+from ringmo.system_metrics import peak_memory_mb
 
 TIME_LIMIT_S = 1800
 
@@ -48,10 +48,5 @@ def begin(cores: int | None) -> None:
 
 def peak_mb() -> float:
     """Peak memory of this process, and of the largest of its children that have ended."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage says of a process counts the one that started it, too.
-        line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM"))
-        own = int(line.split()[1])
-    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 / 1e6
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
+    return peak_memory_mb() + children

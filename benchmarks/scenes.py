@@ -143,7 +143,8 @@ def _plain(bundle: Any, path: Path, out: Path) -> dict[str, float]:
     from rasterio.shutil import copy
 
     from ringmo.inference.scenes import TOGETHER
-    from ringmo.inference.windows import Windows, stride_of, weight
+    from ringmo.inference.windows import Windows, stride_of
+    from ringmo.tasks.dense import weight
 
     started, busy = time.monotonic(), 0.0
     with rasterio.open(path) as file:
@@ -176,7 +177,7 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
     """One contender's figures; of `moved`, what depends on the grid."""
     import psutil
 
-    from ringmo.inference.scenes import peak_memory_mb
+    from ringmo.system_metrics import peak_memory_mb
 
     side = int(spec["side"])
     with tempfile.TemporaryDirectory(prefix="ringmo-scenes-") as folder:

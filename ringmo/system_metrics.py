@@ -31,6 +31,18 @@ FILE = "system.jsonl"
 JOULE_WH = 1 / 3600
 
 
+def peak_memory_mb() -> float:
+    """The most that this process had in memory so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage says of a process counts the one that started it, too.
+        line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 class Processors:
     """Energy of the processors' packages, from RAPL's counters of microjoules.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ringmo.config import Model
 from ringmo.models.backbone import encoder
 from ringmo.registry.bundle import Bundle
+from ringmo.tasks.dense import DenseTask
 
 CLASSES = ["water", "field", "town & road"]
 SIZE = 32  # pixels of a window
@@ -68,9 +69,9 @@ def whole(bundle: Bundle, *images: NDArray[Any]) -> NDArray[np.float32]:
         name: torch.from_numpy(image).permute(2, 0, 1)[None]
         for name, image in zip(names, images, strict=True)
     }
-    assert bundle.task is not None
+    assert isinstance(bundle.task, DenseTask)
     with torch.inference_mode():
-        answer = bundle.task.said(bundle.model(bundle.normalised(batch)))  # type: ignore[attr-defined]
+        answer = bundle.task.said(bundle.model(bundle.normalised(batch)))
     return answer[0].numpy()
 
 

@@ -17,6 +17,7 @@ import torch
 from pixelwise import Pixelwise, bundle_of
 
 from ringmo.inference import block_answers, scenes
+from ringmo.system_metrics import peak_memory_mb
 
 
 class Slow(Pixelwise):
@@ -47,7 +48,7 @@ def main(scene: str, out: str, seconds: str, side: str, go: str = "") -> None:
         answer = job.deliver()
         time.sleep(0.05)
     told = {"windows": job.times.windows, "pixels": job.times.pixels}
-    print(json.dumps(told | {"before_mb": before, "peak_mb": scenes.peak_memory_mb()}))
+    print(json.dumps(told | {"before_mb": before, "peak_mb": peak_memory_mb()}))
 
 
 if __name__ == "__main__":

@@ -117,13 +117,21 @@ def fitted(pixels: Pixels, dtype: str) -> Pixels:
         return pixels.astype(np.float32)
     if (found, dtype) != ("uint16", "int16"):
         raise BadInput(f"pixels of {found}, the model reads {dtype}")
-    beyond = float((pixels > INT16_MAX).mean())
-    if beyond > MAX_SATURATED_SHARE:
+    refuse_bright(float((pixels > INT16_MAX).mean()))
+    return np.minimum(pixels, INT16_MAX).astype(np.int16)
+
+
+def refuse_bright(share: float) -> None:
+    """Refuse an image of uint16 for a sensor of int16, by its share of values that it cannot hold.
+
+    Raises:
+        BadInput: more than 1 %; the reason.
+    """
+    if share > MAX_SATURATED_SHARE:
         raise BadInput(
-            f"{100 * beyond:.0f} % of its values of uint16 are over {INT16_MAX}: its sensor is of "
+            f"{100 * share:.0f} % of its values of uint16 are over {INT16_MAX}: its sensor is of "
             f"int16, declare one of uint16"
         )
-    return np.minimum(pixels, INT16_MAX).astype(np.int16)
 
 
 def _decoded(data: bytes) -> Pixels:
@@ -229,6 +237,15 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     return raw, gaps if gaps.any() else None
 
 
+def values(raw: Pixels, gaps: NDArray[np.bool_] | None) -> Pixels:
+    """What `read` gave, as `decode` has it, but for gaps, which are 0: float32 for floats, power
+    for complex values."""
+    seen = raw if gaps is None else np.where(gaps, 0, raw)
+    if raw.dtype.kind == "c":
+        seen = np.square(seen.real) + np.square(seen.imag)
+    return seen.astype(np.dtype(DTYPES[str(raw.dtype)]), copy=False)
+
+
 def filled(raw: Pixels, gaps: NDArray[np.bool_] | None, sensor_dtype: str | None = None) -> Pixels:
     """Pixels to train on, of what `read` gave: float32 for floats, gaps as `decode` says.
 
@@ -238,17 +255,13 @@ def filled(raw: Pixels, gaps: NDArray[np.bool_] | None, sensor_dtype: str | None
     Raises:
         BadInput: they do not fit the sensor's dtype.
     """
-    dtype = np.dtype(DTYPES[str(raw.dtype)])
-    seen = raw if gaps is None else np.where(gaps, 0, raw)
-    if raw.dtype.kind == "c":
-        seen = np.square(seen.real) + np.square(seen.imag)
-    pixels = seen.astype(dtype, copy=False)
+    pixels = values(raw, gaps)
     if gaps is not None:
         for band in np.flatnonzero(gaps.any(axis=(0, 1))):
             has = ~gaps[..., band]
             if has.any():
                 mean = pixels[..., band][has].mean(dtype=np.float64)
-                pixels[..., band][~has] = mean if dtype.kind == "f" else round(float(mean))
+                pixels[..., band][~has] = mean if pixels.dtype.kind == "f" else round(float(mean))
     return pixels if sensor_dtype is None else fitted(pixels, sensor_dtype)
 
 

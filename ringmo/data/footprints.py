@@ -5,7 +5,7 @@ columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ Boxes = NDArray[np.float64]  # (N, 4): minx, miny, maxx, maxy
 
 # Neighbours on a grid share an edge, no ground: less than this share of a side is rounding.
 TOUCHING = 0.005
+ROUNDING = 1e-9  # of a shape's area: less than this beyond 180 degrees is none
 POINTS = 1_000_000  # transformed at a time
 QUERIES = 200_000  # footprints looked up at a time
 FEW = 20_000  # footprints, of which it is not worth the while to ask which are within reach
@@ -155,6 +156,49 @@ def project(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
         half = len(points) // 2
         return np.concatenate([project(crs, points[:half]), project(crs, points[half:])])
     return projected.reshape(points.shape)
+
+
+def outline(ring: NDArray[np.float64], geographic: bool) -> Any | None:
+    """A closed ring (K, 2) of longitudes and latitudes as a shape within -180 to 180.
+
+    Its points, joined by straight lines; in two parts where it lies across 180 degrees, and all
+    longitudes where a pole is inside. None where it is no place on Earth.
+
+    Args:
+        geographic: whether the ring is of degrees from the start, so that a step may be more than
+            half way around; from one point to the next of others it is the short way.
+    """
+    import shapely
+
+    x, y = ring.T
+    if not np.isfinite(ring).all() or np.abs(y).max() > 90:
+        return None
+    steps = np.diff(x)
+    if not geographic:
+        steps = (steps + 180) % 360 - 180
+    if abs(steps.sum()) > 180:
+        south, north = (y.min(), 90) if y.mean() > 0 else (-90, y.max())
+        return shapely.box(-180, south, 180, north)
+    x = x[0] + np.concatenate([[0], steps[:-1].cumsum(), [0]])  # closed to the last bit
+    if np.abs(x).max() > 360:
+        return None
+    return _within(shapely.Polygon(np.stack((x, y), 1)))
+
+
+def _within(shape: Any) -> Any | None:
+    """A shape of longitudes from -540 to 540 as one within -180 to 180; None: it has no area."""
+    import shapely
+    from shapely.affinity import translate
+
+    west, _, east, _ = shape.bounds
+    if west >= -180 and east <= 180:
+        return shape
+    shape, parts = shapely.make_valid(shape), []
+    for turn in (-360, 0, 360):
+        part = shapely.intersection(shape, shapely.box(turn - 180, -90, turn + 180, 90))
+        if part.area > ROUNDING * shape.area:
+            parts.append(translate(part, -turn))
+    return shapely.union_all(parts) if parts else None
 
 
 def _within_reach(native: Boxes, codes: Index, names: Sequence[str], new: Flags) -> Flags:

@@ -4,6 +4,7 @@ They lie where their image lies on the ground; an image without coordinates has 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,22 @@ def _write_map(
 ) -> None:
     import rasterio
 
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with rasterio.open(temporary, "w", **map_profile(values, crs, transform)) as file:
+        file.write(values, 1)
+        if classes:
+            colour_classes(file, classes)
+    temporary.replace(path)
+
+
+def map_profile(values: NDArray[Any], crs: Any, transform: Any) -> dict[str, Any]:
+    """What rasterio is to make a GeoTIFF of a map (H, W) with.
+
+    Args:
+        crs, transform: where it lies; None: nowhere.
+    """
     expect_no_coordinates()
     height, width = values.shape
-    temporary = path.with_name(f".{path.name}.tmp")
     profile = {
         "driver": "GTiff",
         "height": height,
@@ -53,17 +67,17 @@ def _write_map(
         "dtype": values.dtype,
         "compress": "deflate",
         "predictor": 3 if values.dtype.kind == "f" else 2,
+        "crs": crs,
     }
-    if transform is not None:
-        profile["transform"] = transform
-    with rasterio.open(temporary, "w", crs=crs, **profile) as file:
-        file.write(values, 1)
-        if classes:
-            from ringmo.tasks.dense import colour
+    return profile if transform is None else {**profile, "transform": transform}
 
-            file.write_colormap(1, {i: (*colour(i), 255) for i in range(len(classes))})
-            file.update_tags(1, **{f"class_{i}": one for i, one in enumerate(classes)})
-    temporary.replace(path)
+
+def colour_classes(file: Any, classes: Sequence[str]) -> None:
+    """Give a mask, open for writing, its classes' colours, and their names as tags of the band."""
+    from ringmo.tasks.dense import colour
+
+    file.write_colormap(1, {i: (*colour(i), 255) for i in range(len(classes))})
+    file.update_tags(1, **{f"class_{i}": one for i, one in enumerate(classes)})
 
 
 def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: Any) -> None:
@@ -71,16 +85,16 @@ def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: A
     features = []
     for box in boxes:
         points = [tuple(point) for point in box["points"]]
-        if crs is not None and transform is not None:
+        if crs is not None:
             from rasterio.warp import transform as to_degrees
 
-            xs, ys = zip(*(transform * point for point in points), strict=True)
+            xs, ys = zip(*(transform @ point for point in points), strict=True)
             lon, lat = to_degrees(crs, "EPSG:4326", xs, ys)
             points = list(zip(lon, lat, strict=True))
         features.append(
             {
                 "type": "Feature",
-                "geometry": {"type": "Polygon", "coordinates": [_ring(points)]},
+                "geometry": {"type": "Polygon", "coordinates": [ring(points)]},
                 "properties": {
                     "class": box["class"],
                     "score": round(float(box["score"]), 4),
@@ -88,12 +102,12 @@ def _write_boxes(path: Path, boxes: list[dict[str, Any]], crs: Any, transform: A
                 },
             }
         )
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     temporary.replace(path)
 
 
-def _ring(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def ring(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners as an exterior ring: closed, and counter-clockwise, as RFC 7946 has it."""
     first = points[0][0]
     # Of a box across 180 degrees the longitudes jump.
@@ -122,13 +136,26 @@ def summed_up(told: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
         said += f" (score from {SURE}" + (f"; {rest} more below)" if rest else ")")
         return {"said": said, "objects": counts, "boxes": len(told["boxes"])}
     if "mask" in told:
-        pixels = np.bincount(told["mask"].ravel(), minlength=len(classes))[: len(classes)]
-        shares = {
-            name: float(n / told["mask"].size) for name, n in zip(classes, pixels, strict=True)
-        }
-        largest = sorted(shares, key=lambda name: -shares[name])[:3]
-        return {"said": ", ".join(f"{n} {shares[n]:.1%}" for n in largest), "shares": shares}
+        return of_counts(np.bincount(told["mask"].ravel(), minlength=len(classes)), classes)
     heights = told["height"]
-    metres = {"lowest": heights.min(), "mean": heights.mean(), "highest": heights.max()}
+    return of_metres(heights.min(), heights.mean(), heights.max())
+
+
+def of_counts(counts: NDArray[Any], classes: Sequence[str]) -> dict[str, Any]:
+    """The largest classes as `said`, and the `shares` of all.
+
+    Args:
+        counts: pixels (or cells) of each value; those that are no class do not count.
+    """
+    of_classes = counts[: len(classes)]
+    parts = (of_classes / max(1, of_classes.sum())).tolist()
+    shares: dict[str, float] = dict(zip(classes, parts, strict=True))
+    largest = sorted(shares, key=lambda name: -shares[name])[:3]
+    return {"said": ", ".join(f"{n} {shares[n]:.1%}" for n in largest), "shares": shares}
+
+
+def of_metres(lowest: float, mean: float, highest: float) -> dict[str, Any]:
+    """Heights as `said`, and each as a number: `lowest_m`, `mean_m`, `highest_m`."""
+    metres = {"lowest": float(lowest), "mean": float(mean), "highest": float(highest)}
     said = ", ".join(f"{name} {value:.1f} m" for name, value in metres.items())
-    return {"said": said, **{f"{name}_m": float(value) for name, value in metres.items()}}
+    return {"said": said, **{f"{name}_m": value for name, value in metres.items()}}

@@ -86,9 +86,30 @@ class Kind(ABC):
     def stride(self, size: int) -> int:
         return stride_of(size)
 
-    @abstractmethod
+    def spans(self, block: Block) -> tuple[Span, Span]:
+        """The model's pixels of which a block's own are made."""
+        scene = self.scene
+        return scene.model_span(block.rows, scene.rows), scene.model_span(block.cols, scene.cols)
+
     def windows(self, block: Block) -> list[tuple[int, int]]:
-        """Rows and columns of the grid whose windows a block needs."""
+        """Rows and columns of the grid whose windows a block needs; by default those that begin
+        in it."""
+        scene = self.scene
+        return self.grid.beginning(
+            self._begins(block.rows, scene.height, scene.rows),
+            self._begins(block.cols, scene.width, scene.cols),
+        )
+
+    def around(self, block: Block, some: Sequence[tuple[int, int]]) -> tuple[Span, Span]:
+        """The box that a block and these windows cover, in the model's pixels."""
+        own = self.spans(block)
+        if not some:
+            return own
+        rows, cols = (
+            (min(a[0], b[0]), max(a[1], b[1]))
+            for a, b in zip(own, self.grid.around(some), strict=True)
+        )
+        return rows, cols
 
     @abstractmethod
     def collector(self, block: Block, box: Box) -> "Collector":
@@ -133,10 +154,6 @@ class Maps(Kind):
         super().__init__(bundle, scene, shift)
         self.outputs = max(1, len(bundle.classes))
         self.probabilities = probabilities
-
-    def spans(self, block: Block) -> tuple[Span, Span]:
-        scene = self.scene
-        return scene.model_span(block.rows, scene.rows), scene.model_span(block.cols, scene.cols)
 
     def windows(self, block: Block) -> list[tuple[int, int]]:
         return self.grid.touching(*self.spans(block))
@@ -241,16 +258,6 @@ class Cells(Kind):
     def shape(self) -> tuple[int, int]:
         return len(self.grid.rows), len(self.grid.cols)
 
-    def windows(self, block: Block) -> list[tuple[int, int]]:
-        ranges = [
-            range(*(math.ceil(edge / self.grid.size) for edge in self._begins(*span)))
-            for span in (
-                (block.rows, self.scene.height, self.scene.rows),
-                (block.cols, self.scene.width, self.scene.cols),
-            )
-        ]
-        return [(r, c) for r in ranges[0] for c in ranges[1]]
-
     def collector(self, block: Block, box: Box) -> "Collector":
         return _Listed(self.grid)
 
@@ -277,13 +284,6 @@ class _Listed(Collector):
 
 class Boxes(Kind):
     """`corners`: float64 (n, 4, 2), x and y in the scene's own pixels; `scores`, `labels`."""
-
-    def windows(self, block: Block) -> list[tuple[int, int]]:
-        scene = self.scene
-        return self.grid.beginning(
-            self._begins(block.rows, scene.height, scene.rows),
-            self._begins(block.cols, scene.width, scene.cols),
-        )
 
     def collector(self, block: Block, box: Box) -> "Collector":
         return _Found(self, box)
@@ -342,7 +342,7 @@ def kind_of(
     return (Boxes if isinstance(bundle.task, ObjectTask) else Cells)(bundle, scene, shift)
 
 
-def picture(scene: Any, block: Block, box: Box) -> NDArray[Any] | None:
+def picture(scene: Scene, block: Block, box: Box) -> NDArray[Any] | None:
     """The block's share of a preview of the scene: its pixels nearest to a grid over it all.
 
     (h, w, bands) of the first raster, decoded.

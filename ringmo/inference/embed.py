@@ -20,6 +20,7 @@ from ringmo import console
 from ringmo.config import Config, Ingest
 from ringmo.data import scenes
 from ringmo.data.decode import Pixels, decode
+from ringmo.data.footprints import outline, project
 from ringmo.data.loading import cores, square
 from ringmo.data.store import COLUMNS, MANIFEST, TileStore, read_some
 from ringmo.errors import BadInput
@@ -418,10 +419,8 @@ def footprints(crs: Sequence[str | None], bounds: NDArray[np.float64]) -> list[A
     across 180 degrees, and all longitudes where a pole is inside. None where there is no system,
     or no place on Earth.
     """
-    import shapely
     from rasterio.crs import CRS
     from rasterio.errors import RasterioError
-    from rasterio.warp import transform
 
     found: list[Any] = [None] * len(crs)
     groups: dict[str, list[int]] = {}
@@ -429,44 +428,12 @@ def footprints(crs: Sequence[str | None], bounds: NDArray[np.float64]) -> list[A
         if name is not None and np.isfinite(bounds[i]).all():
             groups.setdefault(name, []).append(i)
     for name, members in groups.items():
-        box = bounds[members]
-        xs, ys = box[:, [0, 2, 2, 0, 0]], box[:, [1, 1, 3, 3, 1]]  # counter-clockwise
         try:
-            system = CRS.from_user_input(name)
-            lon, lat = transform(system, "EPSG:4326", xs.ravel(), ys.ravel())[:2]
+            geographic = CRS.from_user_input(name).is_geographic
         except (RasterioError, ValueError):
             continue
-        lons, lats = np.reshape(lon, xs.shape), np.reshape(lat, ys.shape)
-        steps = np.diff(lons, axis=1)
-        if not system.is_geographic:
-            steps = (steps + 180) % 360 - 180  # the short way around
-        around = np.abs(steps.sum(1)) > 180
-        lons[:, 1:4] = lons[:, :1] + steps[:, :3].cumsum(1)
-        lons[:, 4] = lons[:, 0]  # a ring is closed to the last bit
-        for i, x, y, pole in zip(members, lons, lats, around, strict=True):
-            if not (np.isfinite(x).all() and np.isfinite(y).all()) or np.abs(y).max() > 90:
-                continue
-            if pole:
-                south, north = (y.min(), 90) if y.mean() > 0 else (-90, y.max())
-                found[i] = shapely.box(-180, south, 180, north)
-            elif np.abs(x).max() > 360:
-                continue
-            else:
-                found[i] = _within(shapely.polygons(np.stack((x, y), 1)))
+        # Counter-clockwise.
+        rings = bounds[members][:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+        for i, ring in zip(members, project(name, rings), strict=True):
+            found[i] = outline(ring, geographic)
     return found
-
-
-def _within(shape: Any) -> Any:
-    """A shape of longitudes from -540 to 540 as one within -180 to 180."""
-    import shapely
-    from shapely.affinity import translate
-
-    west, _, east, _ = shape.bounds
-    if west >= -180 and east <= 180:
-        return shape
-    parts = []
-    for turn in (-360, 0, 360):
-        part = shapely.intersection(shape, shapely.box(turn - 180, -90, turn + 180, 90))
-        if part.area:
-            parts.append(translate(part, -turn))
-    return parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)

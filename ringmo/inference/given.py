@@ -6,14 +6,14 @@ then read as any file is, as often as it takes, and a broken line costs no more 
 
 import fcntl
 import fnmatch
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringmo.errors import BadInput
+from ringmo.inference.progress_folder import joined, removed
 
 if TYPE_CHECKING:
     from ringmo.data.buckets import Bucket, Object
@@ -48,17 +48,16 @@ class Given:
             yield self.path
             return
         place = folder / f"{self.of.mark:x}"
-        place.mkdir(parents=True, exist_ok=True)
         target = place / self.path.name
-        with (place / "users.lock").open("a") as users:
-            fcntl.flock(users, fcntl.LOCK_EX)
+        with joined(place) as users:
             try:
-                if not target.exists():
-                    self.bucket.fetch(self.of.path, target)
-            except FileNotFoundError:
-                raise BadInput("it is gone") from None
-            fcntl.flock(users, fcntl.LOCK_SH)
-            try:
+                with (place / "fetch.lock").open("a") as fetching:
+                    fcntl.flock(fetching, fcntl.LOCK_EX)
+                    if not target.exists():
+                        try:
+                            self.bucket.fetch(self.of.path, target)
+                        except FileNotFoundError:
+                            raise BadInput("it is gone") from None
                 yield target
             finally:
                 try:
@@ -66,7 +65,7 @@ class Given:
                 except BlockingIOError:
                     pass  # somebody else still reads it, and removes it then
                 else:
-                    shutil.rmtree(place, ignore_errors=True)
+                    removed(place, users)
 
 
 def in_bucket(url: str, endpoint: str | None) -> list[Given]:
@@ -106,7 +105,3 @@ def is_scene(path: Path) -> bool:
             return bool(max(file.height, file.width) > SCENE_SIDE)
     except (BadInput, OSError):
         return False
-
-
-def only_local(names: Iterable[str]) -> bool:
-    return not any(name.startswith(S3) for name in names)

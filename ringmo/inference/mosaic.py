@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ringmo.data import scenes
 from ringmo.data.decode import expect_no_coordinates
 from ringmo.errors import BadInput
+from ringmo.inference.answers import colour_classes
 from ringmo.inference.block_answers import TILE
 from ringmo.tasks.base import UNKNOWN
-from ringmo.tasks.dense import colour
 
 
 @dataclass
@@ -138,8 +138,7 @@ def write(target: Path, place: Place, layer: Layer, parts: Iterable[Part], scrat
             for number, name in enumerate(layer.names, 1):
                 file.set_band_description(number, name)
             if layer.classes:
-                file.write_colormap(1, {i: (*colour(i), 255) for i in range(len(layer.classes))})
-                file.update_tags(1, **{f"class_{i}": one for i, one in enumerate(layer.classes)})
+                colour_classes(file, layer.classes)
             for row, col, values in parts:
                 shaped = values if values.ndim == 3 else values[None]
                 window = ((row, row + shaped.shape[1]), (col, col + shaped.shape[2]))

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ringmo.config import Sensor
-from ringmo.data.colours import visible
+from ringmo.data.colours import stretched, visible
+from ringmo.data.values import input_values
 from ringmo.tasks.base import UNKNOWN
 from ringmo.tasks.dense import colour, coloured
 from ringmo.tasks.height import coloured as coloured_heights
@@ -71,7 +72,11 @@ def of_boxes(
 
 
 def _shown(pixels: NDArray[Any], sensor: Sensor) -> Image.Image:
-    shown = visible(pixels, sensor)
+    if sensor.dtype == "uint8":
+        shown = visible(pixels, sensor)
+    else:  # 0 in all bands is no data, and has no say in how bright the rest is
+        values, there = input_values(pixels, sensor), pixels.any(axis=2)
+        shown = stretched(values, sensor, values[there][None] if there.any() else None)
     return Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown).convert("RGB")
 
 

@@ -23,12 +23,53 @@ from ringmo.errors import BadInput
 from ringmo.stage import write_json
 
 JOB, LOCKS, USERS = "job.json", "locks", "users.lock"
+SETTINGS = 2**31 - 1  # the byte of LOCKS that guards JOB; those before it are blocks
+
+
+def joined(folder: Path) -> IO[str]:
+    """A folder's users file, with a shared lock that is held until it is closed.
+
+    The folder is made where there is none; who finds it being removed begins anew.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            users = (folder / USERS).open("a")
+        except FileNotFoundError:
+            continue
+        except FileExistsError:
+            if folder.is_file():
+                raise
+            continue
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if there(users, folder):
+            return users
+        users.close()
+
+
+def there(users: IO[str], folder: Path) -> bool:
+    """Whether a users file that is open is still the folder's."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(users.fileno()), (folder / USERS).stat())
+    return False
+
+
+def removed(folder: Path, *files: IO[str]) -> None:
+    """Away at once, under its name: nobody finds a part of it, or adds to it meanwhile.
+
+    Args:
+        files: that are open in it, and are closed: NFS keeps a file that is not.
+    """
+    gone = folder.with_name(f"{folder.name}.{os.getpid()}.gone")
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+    for file in files:
+        file.close()
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 class ProgressFolder:
     """The folder of one scene and what is asked of it. One process holds it once.
-
-    fresh: whether it began with no finished block.
 
     Raises:
         BadInput: another process answers for the scene with other settings.
@@ -36,22 +77,40 @@ class ProgressFolder:
 
     def __init__(self, folder: Path, job: Mapping[str, Any], blocks: int) -> None:
         self.folder, self.blocks = folder, blocks
+        self._held: set[int] = set()
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._users = (folder / USERS).open("a")
-            fcntl.flock(self._users, fcntl.LOCK_SH)
-            if (folder / USERS).exists():
-                break  # else the one before has just removed it
-            self._users.close()
+            self._users = joined(folder)
+            try:
+                self._locks: IO[str] = (folder / LOCKS).open("a")
+            except FileNotFoundError:  # removed by the one before
+                self._users.close()
+                continue
+            try:
+                if self._agreed(job):
+                    break
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+
+    def _agreed(self, job: Mapping[str, Any]) -> bool:
+        """Whether the folder is of this job now; not if it has just been removed.
+
+        One process at a time looks at the settings, and none that waits for it counts as a user.
+        """
+        fcntl.flock(self._users, fcntl.LOCK_UN)
+        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, SETTINGS)
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+        if not there(self._users, self.folder):
+            return False
         known = self._read()
         if known is not None and known != json.loads(json.dumps(job)):
             self._take_over()
             known = None
         if known is None:
-            write_json(folder / JOB, job)
-        self._locks: IO[str] = (folder / LOCKS).open("a")
-        self._held: set[int] = set()
-        self.fresh = not any(folder.glob("*.npz"))
+            write_json(self.folder / JOB, job)
+        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, SETTINGS)
+        return True
 
     def _read(self) -> Any:
         try:
@@ -64,13 +123,12 @@ class ProgressFolder:
         try:
             fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._users.close()
             raise BadInput(
                 "another process answers for it with other settings: wait for it, or name another "
                 "folder"
             ) from None
         for path in self.folder.iterdir():
-            if path.name != USERS:
+            if path.name not in (USERS, LOCKS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         fcntl.flock(self._users, fcntl.LOCK_SH)
 
@@ -105,17 +163,17 @@ class ProgressFolder:
         with zipfile.ZipFile(temporary, "w", compresslevel=1) as file:
             for name, values in arrays.items():
                 # Noise in the last bits of floats costs time, and is no smaller afterwards.
-                packed = zipfile.ZIP_STORED if values.dtype.kind == "f" else zipfile.ZIP_DEFLATED
-                entry = zipfile.ZipInfo(f"{name}.npy")
-                entry.compress_type = packed
-                with file.open(entry, "w", force_zip64=True) as inside:
+                floats = values.dtype.kind == "f"
+                file.compression = zipfile.ZIP_STORED if floats else zipfile.ZIP_DEFLATED
+                with file.open(f"{name}.npy", "w", force_zip64=True) as inside:
                     np.lib.format.write_array(inside, values, allow_pickle=False)
         temporary.replace(self._path(number))
         self.release(number)
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, *names: str) -> dict[str, Any]:
+        """What a block's answer has of these."""
         with np.load(self._path(number), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in names if name in file.files}
 
     def once(self, name: str, source: Path, make: Callable[[Path, Path], None]) -> Path:
         """A file of this folder, made of `source` by the first process that needs it."""
@@ -136,9 +194,4 @@ class ProgressFolder:
         self._users.close()
 
     def remove(self) -> None:
-        """Away at once, under its name: nobody finds a part of it, or adds to it meanwhile."""
-        gone = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.gone")
-        with contextlib.suppress(OSError):
-            self.folder.rename(gone)
-        self.close()
-        shutil.rmtree(gone, ignore_errors=True)
+        removed(self.folder, self._locks, self._users)

@@ -5,9 +5,10 @@ pair, which are brought to the first one's pixels. Nothing here holds more than 
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SAME_SCALE = 1.25
 READ_BYTES = 32e6  # of source pixels in one go, where they are resampled
 APART = 0.5  # pixels by which two grids may differ and count as one
-MANY_COLUMNS = 4  # blocks side by side for which strips are decoded over and over
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Box:
 
     pixels: (H, W, bands) by what they are of, of the sensors' decoded dtypes. gaps: of each, bool
     (H, W, bands) or (H, W, 1), True where it lacks data, or None. valid: bool (H, W), whether all
-    of them have data.
+    of them have data. bright: of uint16 for a sensor of int16, how many values were read and how
+    many of them it cannot hold, int64 (2,).
     """
 
     rows: Span
@@ -48,6 +49,7 @@ class Box:
     pixels: dict[str, decode.Pixels]
     gaps: dict[str, NDArray[np.bool_] | None]
     valid: NDArray[np.bool_]
+    bright: NDArray[np.int64]
 
     @cached_property
     def full(self) -> bool:
@@ -77,20 +79,24 @@ def _cut(start: int, span: Span, size: int) -> slice:
 @dataclass
 class Raster:
     """One open raster and the numbers of its bands, among those without alpha, as a sensor has
-    them."""
+    them. bright: of all that was read, as `Box` has it.
+    """
 
     scene: scenes.OpenScene
     sensor: Sensor
     order: list[int] | None
     written: bool = field(init=False)  # whether the file says which of its blocks were written
+    bright: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         self.written = self.scene.file.driver == "GTiff"
+        self.bright = np.zeros(2, np.int64)
 
     def read(
         self, rows: Span, cols: Span
     ) -> tuple[decode.Pixels, NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-        """Pixels (h, w, bands), their gaps, and where they have data; None: everywhere.
+        """Pixels (h, w, bands), their gaps, which are 0, and where they have data; None:
+        everywhere.
 
         Raises:
             BadInput: this part of the file is damaged.
@@ -104,21 +110,14 @@ class Raster:
             raise BadInput(
                 f"damaged in rows {rows[0]} to {rows[1]}, columns {cols[0]} to {cols[1]}: {reason}"
             ) from None
-        raw, gaps, valid = part.raw, part.gaps, part.valid
         if self.order is not None:
-            raw = np.ascontiguousarray(raw[:, :, self.order])
-            gaps = None if gaps is None else gaps[:, :, self.order]
-            if raw.dtype != np.uint8:
-                valid = None if gaps is None else _has_data(raw, gaps)
-        if raw.dtype.kind == "c":
-            seen = raw if gaps is None else np.where(gaps, 0, raw)
-            raw = (np.square(seen.real) + np.square(seen.imag)).astype(np.float32)
-        elif raw.dtype == np.float64:
-            seen = raw if gaps is None else np.where(gaps, 0, raw)
-            raw = seen.astype(np.float32)
-        elif gaps is not None and raw.dtype.kind == "f":
-            raw = np.where(gaps, 0, raw)
+            raw = np.ascontiguousarray(part.raw[:, :, self.order])
+            gaps = None if part.gaps is None else part.gaps[:, :, self.order]
+            part = replace(part, raw=raw, gaps=gaps)
+        gaps, valid = part.gaps, part.valid
+        raw = decode.values(part.raw, gaps)
         if raw.dtype == np.uint16 and self.sensor.dtype == "int16":
+            self.bright += np.array([raw.size, np.count_nonzero(raw > decode.INT16_MAX)])
             raw = np.minimum(raw, decode.INT16_MAX).astype(np.int16)
         missing = self._missing(rows, cols)
         if missing is not None:
@@ -170,11 +169,6 @@ class Raster:
         at_col = np.arange(*cols) // wide - along.start
         spread: NDArray[np.bool_] = missing[at_row[:, None], at_col]
         return spread
-
-
-def _has_data(raw: decode.Pixels, gaps: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    valid = np.asarray(~(gaps.any(axis=2) if raw.dtype.kind in "fc" else gaps.all(axis=2)))
-    return None if valid.all() else valid
 
 
 class Scene:
@@ -247,7 +241,8 @@ class Scene:
 
     def _raster(self, path: Path, sensor: Sensor) -> Raster:
         file = self.stack.enter_context(scenes.opened(path))
-        scenes.refuse_odd(file)
+        if (file.driver, file.colorinterp[0].name) != ("PNG", "palette"):  # three bands, as read
+            scenes.refuse_odd(file)
         order = band_order(file, sensor)
         if self.rasters:
             file = self._on_the_same_grid(file)
@@ -342,7 +337,7 @@ class Scene:
         else:
             source = self._side(span, span[1] + 1).source
             low, high = source.start, source.stop
-        return min(low, length - 1), max(min(high, length), min(low, length - 1) + 1)
+        return _there(low, high, length)
 
     def read(self, rows: Span, cols: Span) -> Box:
         """A box of the model's pixels.
@@ -350,13 +345,16 @@ class Scene:
         Raises:
             BadInput: this part of a file is damaged.
         """
-        box = Box(rows, cols, {}, {}, np.ones((rows[1] - rows[0], cols[1] - cols[0]), np.bool_))
+        valid = np.ones((rows[1] - rows[0], cols[1] - cols[0]), np.bool_)
+        box = Box(rows, cols, {}, {}, valid, np.zeros(2, np.int64))
         for name, raster in self.rasters.items():
+            before = raster.bright.copy()
             if self.scale == 1:
                 pixels, gaps, valid = self._padded(raster, rows, cols)
             else:
                 pixels, gaps, valid = self._resampled(raster, rows, cols)
             box.pixels[name], box.gaps[name] = pixels, gaps
+            box.bright += raster.bright - before
             if valid is not None:
                 box.valid &= valid
         inside = [
@@ -402,8 +400,8 @@ class Scene:
             down = self._side((top, min(top + step, rows[1])), self.rows)
             source = [(s.source.start, s.source.stop) for s in (down, across)]
             there = [
-                (min(low, side - 1), max(min(high, side), min(low, side - 1) + 1))
-                for (low, high), side in zip(source, (self.height, self.width), strict=True)
+                _there(*span, side)
+                for span, side in zip(source, (self.height, self.width), strict=True)
             ]
             pixels, gaps, valid = raster.read(*there)
             more = [high - low for low, high in source]
@@ -414,8 +412,11 @@ class Scene:
                 gaps = ~valid[..., None] if gaps is None else gaps | ~valid[..., None]
             part, missing = resampled(pixels, gaps, down, across, None)
             made.append(part)
-            missing = np.zeros(part.shape, np.bool_) if missing is None else missing
-            any_lost |= bool(missing.any())
+            if missing is None:
+                missing = np.zeros(part.shape, np.bool_)
+            else:
+                part[missing] = 0  # as where nothing is resampled
+                any_lost = True
             lost.append(missing)
         pixels = np.concatenate(made)
         if not any_lost:
@@ -423,6 +424,12 @@ class Scene:
         gaps = np.concatenate(lost)
         every = pixels.dtype.kind in "f"
         return pixels, gaps, ~(gaps.any(axis=2) if every else gaps.all(axis=2))
+
+
+def _there(low: int, high: int, length: int) -> Span:
+    """The part of a span that a side of `length` has; one pixel at least, its last."""
+    low = min(low, length - 1)
+    return low, max(min(high, length), low + 1)
 
 
 def _grown(values: Any, more: Sequence[int]) -> Any:
@@ -466,7 +473,8 @@ def band_order(file: Any, sensor: Sensor) -> list[int] | None:
     wanted = [_band_name(band) for band in sensor.bands]
     said = [_band_name(file.descriptions[n - 1] or "") for n in numbers]
     colours = [file.colorinterp[n - 1].name for n in numbers]
-    for names in (said, colours):
+    # What the descriptions say of any of these bands, the colours do not overrule.
+    for names in [said] if set(said) & set(wanted) else [said, colours]:
         if set(wanted) <= set(names) and all(names.count(name) == 1 for name in wanted):
             order = [names.index(name) for name in wanted]
             return None if order == list(range(len(numbers))) else order
@@ -483,8 +491,7 @@ def band_order(file: Any, sensor: Sensor) -> list[int] | None:
 
 
 def _band_name(name: str) -> str:
-    """B2, B02 and B02_blue are one band."""
-    name = name.strip().lower().split("_")[0].split(" ")[0]
-    if name[:1] == "b" and name[1:].isdigit():
-        return f"b{int(name[1:])}"
-    return name
+    """B2, B02 and B02_blue are one band, B8A another; all else is the whole name."""
+    name = name.strip().lower()
+    found = re.match(r"b0*(\d+a?)(?![0-9a-z])", name)
+    return f"b{found[1]}" if found else name

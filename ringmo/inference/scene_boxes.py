@@ -53,17 +53,15 @@ def _groups(boxes: NDArray[np.float64]) -> NDArray[np.int64]:
     """A number for each of upright boxes (n, 4): the same for those that touch, and for all that
     are joined by such. Neighbours get neighbouring numbers."""
     import shapely
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+
+    from ringmo.data.grouping import join
 
     shapes = shapely.box(*boxes.T)
     tree, count = shapely.STRtree(shapes), len(boxes)
     number = np.arange(count)
     for start in range(0, count, LOOKED_UP):
         one, other = tree.query(shapes[start : start + LOOKED_UP])
-        pairs = (number[one + start], number[other])
-        joined = coo_array((np.ones(len(one), bool), pairs), shape=(count, count))
-        number = connected_components(joined, directed=False)[1][number]
+        number, _ = join(number, np.stack([one + start, other], 1))
     # Groups far apart in one call would be held against each other; in rows they seldom are.
     top = np.full(number.max() + 1, np.inf)
     np.minimum.at(top, number, boxes[:, 1])
@@ -97,14 +95,7 @@ def write(
     # GIS draw an image that lies nowhere below zero.
     places = pixels * (1, -1)
     if transform is not None:
-        x, y = pixels[..., 0], pixels[..., 1]
-        places = np.stack(
-            [
-                transform.a * x + transform.b * y + transform.c,
-                transform.d * x + transform.e * y + transform.f,
-            ],
-            -1,
-        )
+        places = np.stack(transform @ (pixels[..., 0], pixels[..., 1]), -1)
     shapes = shapely.polygons(places) if len(places) else np.zeros(0, object)
     columns = {
         "class": np.array([classes[i] for i in found.labels.tolist()], object),

@@ -11,19 +11,20 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 import ringmo
+from ringmo.data import decode
 from ringmo.errors import BadInput
-from ringmo.inference import mosaic, preview, scene_boxes, stac
+from ringmo.inference import answers, mosaic, preview, scene_boxes, stac
 from ringmo.inference.block_answers import (
     Arrays,
     Block,
@@ -38,30 +39,26 @@ from ringmo.inference.block_answers import (
     picture,
     picture_step,
 )
+from ringmo.inference.given import S3
 from ringmo.inference.progress_folder import ProgressFolder
 from ringmo.inference.reading import Box, Scene
 from ringmo.inference.tables import CellTable
 from ringmo.inference.windows import Windows
+from ringmo.system_metrics import peak_memory_mb
 from ringmo.tasks.base import UNKNOWN
 from ringmo.tasks.dense import MaskTask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ringmo.monitoring.record import Recorder
     from ringmo.registry.bundle import Bundle
 
-REVISION = 1  # raised when the same scene and model get another answer: what is half done is redone
+REVISION = 2  # raised when the same scene and model get another answer: what is half done is redone
 TOGETHER, TOGETHER_BYTES = 32, 16e6  # windows that a model is given at a time, and their answers
 POLL_S = 0.5  # between two looks whether other processes are ready
+MANY_COLUMNS = 4  # blocks side by side for which strips are decoded over and over
 WAIT_S = 0.2  # between two looks whether the other threads are well
-
-
-class Recorder(Protocol):
-    """Who keeps a sample of what was answered: told of each batch, in the model's thread."""
-
-    def add(self, pixels: Mapping[str, "Tensor"], answer: Any, named: Sequence[str]) -> None:
-        """pixels: (n, bands, S, S) by sensor, raw. answer: the task's. named: of each window
-        SCENE#COL,ROW,WIDTH,HEIGHT, in the scene's own pixels."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +122,6 @@ class Times:
         }
 
 
-def peak_memory_mb() -> float:
-    """The most that this process had in memory so far, with Python, PyTorch and the model."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-    import resource
-
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / 1e6
-
-
 class SceneJob:
     """One scene to answer for, into one folder.
 
@@ -155,7 +141,7 @@ class SceneJob:
         probabilities: bool = False,
         marks: Mapping[str, list[Any]] | None = None,
         shift: tuple[int, int] = (0, 0),
-        recorder: Recorder | None = None,
+        recorder: "Recorder | None" = None,
     ) -> None:
         """
         Args:
@@ -163,12 +149,15 @@ class SceneJob:
             name: of the answer's files. shown: how people call the scene; default: its path.
             marks: what tells a file's contents from another's, where not its size and date.
             shift: of the grid of windows, in the model's pixels, to see what depends on it.
-            recorder: is shown each batch of windows and what the model said of it.
+            recorder: is shown each batch of windows and what the model said of it, in the
+                model's thread; its windows' names begin with the file's whole path, or s3://.
         """
         self.bundle, self.about, self.out, self.name = bundle, about, out, name
         self.shown = shown or str(next(iter(paths.values())))
         self.paths, self.probabilities, self.shift = dict(paths), probabilities, shift
         self.recorder = recorder
+        first = next(iter(paths.values()))
+        self.recorded = self.shown if self.shown.startswith(S3) else str(first.resolve())
         known = marks or {}
         self.job = {
             "revision": REVISION,
@@ -240,11 +229,17 @@ class SceneJob:
             self.open()
         self.close()
         self.folder = ProgressFolder(self.work_folder, self.job, len(self.blocks))
-        try:
+        with self._given_up(self.folder):
             self._tiled()
-            self._walk(self.folder, tell or (lambda pixels: None))
+            _Walk(self, self.folder, tell or (lambda pixels: None)).run()
+
+    @contextmanager
+    def _given_up(self, folder: ProgressFolder) -> Iterator[None]:
+        """What goes wrong as a BadInput; the folder goes where trying again would not help."""
+        try:
+            yield
         except BadInput:
-            self.folder.remove()
+            folder.remove()
             raise
         except FileNotFoundError:
             if self.done() is None:
@@ -259,10 +254,6 @@ class SceneJob:
         assert self.folder is not None
         for what in self.retile:
             self.paths[what] = self.folder.once(f"{what}.tif", self.paths[what], _in_tiles)
-
-    def _walk(self, folder: ProgressFolder, tell: Callable[[int], None]) -> None:
-        walk = _Walk(self, folder, tell)
-        walk.run()
 
     def deliver(self) -> dict[str, Any] | None:
         """Put the blocks together; None as long as some are missing, or another process does it.
@@ -279,13 +270,11 @@ class SceneJob:
         if (there := self.done()) is not None:
             self.folder.remove()
             return there
-        try:
+        answer = None
+        with self._given_up(self.folder):
             answer = self._delivered(self.folder)
-        except BadInput:
             self.folder.remove()
-            raise
-        self.folder.remove()
-        return answer
+        return answer or self.done()
 
     def close(self) -> None:
         if self.folder is not None:
@@ -298,8 +287,8 @@ class SceneJob:
             files, answer = delivery.made()
             answer["gsd_m"] = round(scene.gsd_m, 4) if scene.gsd_m > 0 else None
             answer["size"] = [scene.width, scene.height]
-            if scene.notes:
-                answer["notes"] = scene.notes
+            if self.notes:  # of `open`: of the files as people know them
+                answer["notes"] = self.notes
             properties = {
                 **self.about.properties,
                 "ringmo:job": self.key,
@@ -326,7 +315,8 @@ def _in_turn(scene: Scene, side: int) -> list[str]:
     slow = []
     for name, raster in scene.rasters.items():
         layout, file = raster.scene.layout, raster.scene.file
-        wide = layout.in_strips and scene.width > 4 * side
+        wide = layout.in_strips and scene.width > MANY_COLUMNS * side
+        # A TIFF with a palette would be a map of classes. So it is decoded for each column.
         palette = file.driver == "PNG" and file.colorinterp[0].name == "palette"
         if (file.driver in ("PNG", "JPEG") and not palette) or (wide and file.driver == "GTiff"):
             slow.append(name)
@@ -358,12 +348,13 @@ def _in_tiles(source: Path, target: Path) -> None:
 
 @dataclass
 class _Task:
-    """A block on its way: what was read of it, and its windows."""
+    """A block on its way: what was read of it, its windows, and its share of the preview."""
 
     block: Block
     some: list[tuple[int, int]]
     box: Box
     collector: Collector
+    picture: NDArray[Any] | None
 
 
 class _Stopped(Exception):
@@ -434,7 +425,7 @@ class _Walk:
                         self.tell(block.pixels)
                     continue
                 some = kind.windows(block)
-                rows, cols = _around(kind, scene, block, some)
+                rows, cols = kind.around(block, some)
                 if scene.empty(rows, cols):
                     self.folder.write(block.number, {})
                     self.job.times.pixels += block.pixels
@@ -443,7 +434,8 @@ class _Walk:
                 if self.job.done() is not None:  # and its folder is being removed
                     break
                 box = scene.read(rows, cols)
-                self._put(self.read, _Task(block, some, box, kind.collector(block, box)))
+                seen = picture(scene, block, box) if box.valid.any() else None
+                self._put(self.read, _Task(block, some, box, kind.collector(block, box), seen))
         self._put(self.read, None)
 
     @torch.inference_mode()
@@ -459,7 +451,7 @@ class _Walk:
     def _named(self, grid: Windows, some: list[tuple[int, int]]) -> list[str]:
         scale, size = self.job.scale, self.job.window
         return [
-            f"{self.job.shown}#"
+            f"{self.job.recorded}#"
             + ",".join(str(round(v * scale)) for v in (grid.cols[c], grid.rows[r], size, size))
             for r, c in some
         ]
@@ -493,36 +485,13 @@ class _Walk:
 
     def _finish(self, task: _Task) -> None:
         arrays = task.collector.finish()
-        seen = picture(self._place, task.block, task.box)
-        if seen is not None and task.box.valid.any():
-            arrays["picture"] = seen
+        if task.picture is not None:
+            arrays["picture"] = task.picture
+        if task.box.bright[0]:
+            arrays["bright"] = task.box.bright
         self.folder.write(task.block.number, arrays)
         self.job.times.pixels += task.block.pixels
         self.tell(task.block.pixels)
-
-    @property
-    def _place(self) -> "_Place":
-        first = next(iter(self.job.bundle.sensors))
-        return _Place(self.job.height, self.job.width, self.job.scale, first)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What a picture needs to know of a scene, without its open files."""
-
-    height: int
-    width: int
-    scale: float
-    name: str
-
-
-def _around(kind: Kind, scene: Scene, block: Block, some: list[tuple[int, int]]) -> Any:
-    """The box that a block and its windows cover, in the model's pixels."""
-    own = scene.model_span(block.rows, scene.rows), scene.model_span(block.cols, scene.cols)
-    if not some:
-        return own
-    boxes = zip(own, kind.grid.around(some), strict=True)
-    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in boxes)
 
 
 def _batches(
@@ -588,10 +557,17 @@ class _Delivery:
             files, answer = self._boxes(self.kind)
         return files, answer
 
-    def _blocks(self) -> Iterator[tuple[Block, Arrays]]:
-        """Each block that has an answer; on the way the preview's pixels are gathered."""
+    def _blocks(self, *names: str) -> Iterator[tuple[Block, Arrays]]:
+        """Each block that has one of these; on the way the preview's pixels are gathered.
+
+        Raises:
+            BadInput: no block has data; or too much is brighter than the model's pixels can be.
+        """
+        names = (*names, "picture", "bright")
+        bright = np.zeros(2, np.int64)
         for block in self.job.blocks:
-            arrays = self.folder.read(block.number)
+            arrays = self.folder.read(block.number, *names)
+            bright += arrays.pop("bright", 0)
             if "picture" in arrays:
                 top, left = (-(-span[0] // self.step) for span in (block.rows, block.cols))
                 seen = arrays.pop("picture")
@@ -601,6 +577,7 @@ class _Delivery:
                 yield block, arrays
         if not self.any:
             raise BadInput("no data in any of its pixels")
+        decode.refuse_bright(float(bright[1] / max(1, bright[0])))
 
     def _path(self, ending: str) -> Path:
         return self.job.out / f"{self.job.name}.{ending}"
@@ -616,7 +593,7 @@ class _Delivery:
         metres = np.array([0, np.inf, 0, -np.inf])
 
         def parts() -> Iterator[mosaic.Part]:
-            for block, arrays in self._blocks():
+            for block, arrays in self._blocks(what, "counts", "metres"):
                 if "counts" in arrays:
                     counts[:] += arrays["counts"]
                 if "metres" in arrays:
@@ -635,8 +612,7 @@ class _Delivery:
             layer = mosaic.probability_layer(self.classes, self.tags)
             of = (
                 (block.rows[0], block.cols[0], arrays["probabilities"])
-                for block, arrays in self._blocks()
-                if "probabilities" in arrays
+                for block, arrays in self._blocks("probabilities")
             )
             mosaic.write(files["probabilities"], self.place, layer, of, self.folder.folder)
         files["preview"] = self._path("preview.png")
@@ -644,15 +620,11 @@ class _Delivery:
         if masks:
             mask = small.astype(np.uint8)
             preview.of_mask(files["preview"], self.pixels, self.sensor, mask, self.classes)
-            shares = counts / max(1, counts.sum())
-            told = dict(zip(self.classes, shares.tolist(), strict=True))
-            return files, {"said": _largest(told), "shares": told}
+            return files, answers.of_counts(counts, self.classes)
         preview.of_heights(files["preview"], self.pixels, self.sensor, small)
         if not metres[0]:
             raise BadInput("no data in any of its pixels")
-        told = {"lowest": metres[1], "mean": metres[2] / metres[0], "highest": metres[3]}
-        said = ", ".join(f"{name} {value:.1f} m" for name, value in told.items())
-        return files, {"said": said, **{f"{n}_m": float(v) for n, v in told.items()}}
+        return files, answers.of_metres(metres[1], metres[2] / metres[0], metres[3])
 
     def _cells(self, kind: Cells) -> tuple[dict[str, Path], dict[str, Any]]:
         height, width = kind.shape
@@ -662,24 +634,27 @@ class _Delivery:
         table = self._path("cells.csv")
         several = self.job.bundle.settings.multi_label
         with CellTable(table, self.classes, cell, self.scene, several) as rows:
-            for _, arrays in self._blocks():
-                if "scores" in arrays:
-                    said[arrays["row"], arrays["col"]] = arrays["scores"].argmax(1)
-                    rows.add(arrays["row"], arrays["col"], arrays["scores"])
+            for _, arrays in self._blocks("row", "col", "scores"):
+                said[arrays["row"], arrays["col"]] = arrays["scores"].argmax(1)
+                rows.add(arrays["row"], arrays["col"], arrays["scores"])
         path = self._path("mask.tif")
         layer = mosaic.mask_layer(self.classes, self.tags)
         mosaic.write(path, place, layer, [(0, 0, said)], self.folder.folder)
         files = {"mask": path, "cells": table, "preview": self._path("preview.png")}
-        preview.of_mask(files["preview"], self.pixels, self.sensor, said, self.classes)
-        counts = np.bincount(said.ravel(), minlength=UNKNOWN + 1)[: len(self.classes)]
-        shares = counts / max(1, counts.sum())
-        told = dict(zip(self.classes, shares.tolist(), strict=True))
-        return files, {"said": _largest(told), "shares": told, "cells": int(counts.sum())}
+        # A cell of the last row or column may end beyond the scene: no stretching.
+        at = [
+            np.minimum((np.arange(length) * self.step / cell).astype(np.int64), cells - 1)
+            for length, cells in zip(self.pixels.shape[:2], said.shape, strict=True)
+        ]
+        small = said[at[0][:, None], at[1]]
+        preview.of_mask(files["preview"], self.pixels, self.sensor, small, self.classes)
+        told = answers.of_counts(np.bincount(said.ravel(), minlength=UNKNOWN + 1), self.classes)
+        return files, {**told, "cells": int((said != UNKNOWN).sum())}
 
     def _boxes(self, kind: Boxes) -> tuple[dict[str, Path], dict[str, Any]]:
         from ringmo.tasks.objects import SURE, ObjectTask
 
-        parts = [arrays for _, arrays in self._blocks() if "scores" in arrays]
+        parts = [arrays for _, arrays in self._blocks("corners", "scores", "labels")]
         corners, scores, labels = (
             torch.from_numpy(np.concatenate([part[name] for part in parts]))
             if parts
@@ -697,10 +672,8 @@ class _Delivery:
             limit = torch.tensor([self.scene.width, self.scene.height], dtype=torch.float64)
             found.corners = torch.minimum(found.corners.clamp(min=0), limit)
         path = self._path("boxes.gpkg")
-        transform = None if self.scene.crs is None else self.scene.transform
-        scene_boxes.write(
-            path, found, self.classes, transform, self.scene.crs, self.tags, self.folder.folder
-        )
+        place = (self.scene.transform, self.scene.crs)
+        scene_boxes.write(path, found, self.classes, *place, self.tags, self.folder.folder)
         files = {"boxes": path, "preview": self._path("preview.png")}
         sure = found.scores >= SURE
         preview.of_boxes(
@@ -711,18 +684,11 @@ class _Delivery:
             found.labels[sure].tolist(),
             self.classes,
         )
-        from ringmo.inference.answers import summed_up
-
         told = [
             {"class": self.classes[label], "score": score}
             for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
         ]
-        return files, summed_up({"boxes": told}, self.classes)
-
-
-def _largest(shares: Mapping[str, float]) -> str:
-    largest = sorted(shares, key=lambda name: -shares[name])[:3]
-    return ", ".join(f"{name} {shares[name]:.1%}" for name in largest)
+        return files, answers.summed_up({"boxes": told}, self.classes)
 
 
 def _decimated(path: Path, shape: tuple[int, int]) -> NDArray[Any]:

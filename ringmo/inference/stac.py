@@ -53,7 +53,7 @@ def write(
         **properties,
     }
     extensions = []
-    if scene.crs is not None and scene.transform is not None:
+    if scene.crs is not None:
         extensions.append(PROJECTION)
         epsg = scene.crs.to_epsg()
         told["proj:code"] = None if epsg is None else f"EPSG:{epsg}"
@@ -116,47 +116,46 @@ def footprint(scene: Any) -> tuple[dict[str, Any] | None, list[float] | None]:
 
     Across 180 degrees it is parted, and the box's west is east of its east (RFC 7946).
     """
-    if scene.crs is None or scene.transform is None:
+    if scene.crs is None:
         return None, None
-    from ringmo.data.footprints import project
+    import shapely
+
+    from ringmo.data.footprints import outline, project
 
     share = np.arange(STEPS) / STEPS
     ones, zeros = np.ones(STEPS), np.zeros(STEPS)
     x = scene.width * np.concatenate([share, ones, 1 - share, zeros])
     y = scene.height * np.concatenate([zeros, share, ones, 1 - share])
-    of = scene.transform
-    places = np.stack([of.a * x + of.b * y + of.c, of.d * x + of.e * y + of.f], 1)
-    lon, lat = project(scene.crs.to_wkt(), places).T
-    xs, ys = lon, np.clip(lat, -90, 90)
-    keep = np.isfinite(xs) & np.isfinite(ys)
-    xs, ys = xs[keep], ys[keep]
-    if len(xs) < 3:  # a picture of the whole globe: its corners see none of it
+    places = np.stack(scene.transform @ (x, y), 1)
+    ring = project(scene.crs.to_wkt(), places)
+    ring = ring[np.isfinite(ring).all(1)]
+    if len(ring) < 3:  # a picture of the whole globe: its corners see none of it
         return None, None
-    # Longitudes that do not jump, from the first point on.
-    xs = xs[0] + (xs - xs[0] + 180) % 360 - 180
-    import shapely
-
-    shape = shapely.make_valid(shapely.Polygon(np.stack([xs, ys], 1)))
-    west, south, east, north = shape.bounds
-    parts = []
-    for turn in (-360, 0, 360):
-        inside = shapely.intersection(shape, shapely.box(-180 + turn, -90, 180 + turn, 90))
-        parts += [
-            shapely.transform(one, lambda points, turn=turn: points - (turn, 0))
-            for one in getattr(inside, "geoms", [inside])
-            if one.geom_type == "Polygon" and one.area > 0
-        ]
+    ring[:, 1] = ring[:, 1].clip(-90, 90)
+    shape = outline(np.concatenate([ring, ring[:1]]), scene.crs.is_geographic)
+    if shape is None:
+        return None, None
+    shape = shapely.make_valid(shape)
+    parts = [one for one in shapely.get_parts(shape) if one.geom_type == "Polygon"]
     if not parts:
         return None, None
     parts = [shapely.orient_polygons(one) for one in parts]
     geometry = shapely.geometry.mapping(
         parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
     )
-    rounded = _rounded(geometry["coordinates"])
-    box = [(west + 180) % 360 - 180, south, (east + 180) % 360 - 180, north]
-    if len(parts) == 1:  # exactly 180 stays so
-        box = list(parts[0].bounds)
-    return {"type": geometry["type"], "coordinates": rounded}, [round(v, DIGITS) for v in box]
+    box = [round(value, DIGITS) for value in _box(parts)]
+    return {"type": geometry["type"], "coordinates": _rounded(geometry["coordinates"])}, box
+
+
+def _box(parts: Sequence[Any]) -> list[float]:
+    """West, south, east and north of shapes: all but the widest span of longitudes that they leave
+    free, which is that beyond 180 degrees where others are as wide."""
+    bounds = np.array(sorted(part.bounds for part in parts))
+    west, east = bounds[:, 0], np.maximum.accumulate(bounds[:, 2])
+    free = np.append(west[1:] - east[:-1], west[0] + 360 - east[-1])
+    last = len(free) - 1 - int(free[::-1].argmax())
+    south, north = bounds[:, 1].min(), bounds[:, 3].max()
+    return [west[(last + 1) % len(west)], south, east[last], north]
 
 
 def _rounded(value: Any) -> Any:

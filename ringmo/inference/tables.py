@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 
 class CellTable:
-    """A CSV file, whole or not there: row, col (of the map), x, y (the cell's middle in the
-    scene's reference system, or in its pixels), label, confidence, and each class's probability.
+    """A CSV file, whole or not there: row, col (of the map), x, y (the middle of the map's cell
+    in the scene's reference system, or in its pixels), label, confidence, and each class's
+    probability.
 
     Of several classes a cell `label` names all from a probability of one half on, apart by `;`.
     """
@@ -24,7 +25,7 @@ class CellTable:
             cell: the scene's own pixels along a cell's side. scene: of `reading.Scene`.
         """
         self.path, self.classes, self.cell, self.several = path, list(classes), cell, several
-        self.transform = scene.transform if scene.crs is not None else None
+        self.transform = scene.transform
 
     def __enter__(self) -> "CellTable":
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -44,8 +45,7 @@ class CellTable:
         """Cells (n,) with scores (n, classes)."""
         x, y = (col + 0.5) * self.cell, (row + 0.5) * self.cell
         if self.transform is not None:
-            of = self.transform
-            x, y = of.a * x + of.b * y + of.c, of.d * x + of.e * y + of.f
+            x, y = self.transform @ (x, y)
         best = scores.argmax(1)
         for i in range(len(row)):
             label = self.classes[best[i]]

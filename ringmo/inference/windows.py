@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringmo.tasks.dense import weight
+
 # Of a window's side. Of untrained models, which differ most from window to window, a quarter leaves
 # steps at windows' borders that are up to 1.6 times those elsewhere, this none.
 OVERLAP = 3 / 8
@@ -79,13 +81,6 @@ def _touching(starts: NDArray[np.int64], size: int, span: Span) -> range:
 
 def _within(starts: NDArray[np.int64], span: Span) -> range:
     return range(*(int(np.searchsorted(starts, edge, "left")) for edge in span))
-
-
-def weight(size: int) -> Tensor:
-    """How much each pixel of a window counts, (size, size): little at its edge, where the model
-    sees half of what is around, so that no window ends in a seam."""
-    rise = torch.sin((torch.arange(size, dtype=torch.float64) + 0.5) / size * torch.pi) ** 2
-    return (rise[:, None] * rise).float()
 
 
 class Blend:

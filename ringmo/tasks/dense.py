@@ -48,6 +48,13 @@ class DenseTask(Task):
         return torch.stack(back).mean(0)
 
 
+def weight(size: int) -> Tensor:
+    """How much each pixel of a window counts, float32 (size, size): little at its edge, where the
+    model sees half of what is around, so that no window ends in a seam."""
+    rise = torch.sin((torch.arange(size) + 0.5) / size * torch.pi) ** 2
+    return rise[:, None] * rise
+
+
 def windowed(answer: Any, images: Mapping[str, Tensor], size: int) -> Tensor:
     """Answers (B, …, S, S) to images of S ≥ size, from windows that overlap by OVERLAP or more.
 
@@ -65,14 +72,12 @@ def windowed(answer: Any, images: Mapping[str, Tensor], size: int) -> Tensor:
         if total is None or weights is None:
             total = said.new_zeros((count, *said.shape[1:-2], side, side))
             weights = said.new_zeros((count, side, side))
-            at = (torch.arange(size, device=said.device) + 0.5) / size
-            rise = torch.sin(at * torch.pi) ** 2
-            weight = rise[:, None] * rise
+            rise = weight(size).to(said.device)
         for (i, row, column), each in zip(some, said, strict=True):
             top, left = starts[row], starts[column]
             place = (..., slice(top, top + size), slice(left, left + size))
-            total[i][place] += each * weight
-            weights[i][place] += weight
+            total[i][place] += each * rise
+            weights[i][place] += rise
     assert total is not None and weights is not None
     middle = (1,) * (total.ndim - 3)
     return total / weights.view(count, *middle, side, side)

@@ -272,8 +272,9 @@ def _gsd_m(train: SelectedTiles) -> dict[str, float] | None:
     """The ground sampling distances of nearly all training tiles, in metres; None: none says."""
     if "gsd_m" not in train.table:
         return None
-    known = [float(value) for value in train.table["gsd_m"].dropna() if value > 0]
-    if not known:
+    gsd = train.table["gsd_m"]
+    known = gsd[gsd > 0].astype(float)
+    if known.empty:
         return None
     low, high = np.percentile(known, (5, 95))
     return {"low": round(float(low), 6), "high": round(float(high), 6)}

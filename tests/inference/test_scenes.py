@@ -9,8 +9,10 @@ import numpy as np
 import pixelwise
 import pytest
 import rasterio
+import shapely
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pixelwise import CLASSES, bundle_of, pixels, whole, write_scene
 from rasterio.transform import from_origin
 from small_models import SWIN
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 
 from ringmo.config import Finetune, Model
 from ringmo.errors import BadInput
-from ringmo.inference import block_answers, scenes
+from ringmo.inference import block_answers, scenes, stac
 from ringmo.inference.block_answers import blocks
+from ringmo.inference.reading import Scene
 from ringmo.inference.windows import Windows
 from ringmo.models.backbone import encoder
 from ringmo.registry.bundle import PLAIN, Bundle
 from ringmo.tasks import find
+from ringmo.tasks.dense import colour
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,8 +178,6 @@ def test_what_is_delivered_explains_itself(tmp_path: Path) -> None:
     assert item["properties"]["datetime"] == "2024-05-01T10:20:30Z"
     assert item["properties"]["proj:code"] == "EPSG:32631"
     assert 51 < item["bbox"][1] < item["bbox"][3] < 52
-    from PIL import Image
-
     with Image.open(tmp_path / "s.preview.png") as picture:
         assert 300 <= picture.width <= 1024 and picture.height <= 1124
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
@@ -197,7 +199,16 @@ def test_a_recorder_sees_every_batch_as_the_model_does(tmp_path: Path) -> None:
     job.work()
     job.close()
     assert len(seen) == len(set(seen)) == job.times.windows
-    assert seen[0] == "A#0,0,64,64" and seen[1].startswith("A#40,0,")
+    assert seen[0] == f"{scene.resolve()}#0,0,64,64"
+    assert seen[1].startswith(f"{scene.resolve()}#40,0,")
+    seen.clear()
+    stored = "s3://bucket/in.tif"
+    job = scenes.SceneJob(
+        bundle, about, {"rgb": scene}, tmp_path / "s3", "s", stored, recorder=Keeps()
+    )
+    job.work()
+    job.close()
+    assert seen[0] == f"{stored}#0,0,64,64"
 
 
 def check_item(item: dict[str, Any], folder: Path) -> None:
@@ -318,10 +329,65 @@ def test_a_scene_model_says_what_each_window_shows(tmp_path: Path, monkeypatch: 
     assert len(rows) == 48
     for row in rows:
         assert row["label"] == CLASSES[mask[int(row["row"]), int(row["col"])]]
+    # The preview has each cell where it lies: the last column is 104 of 128 pixels, not 125.
+    with Image.open(tmp_path / "s.preview.png") as opened:
+        picture = np.asarray(opened)[:700, :1000].astype(int)
+    with rasterio.open(scene) as file:
+        ground = file.read().transpose(1, 2, 0)
+    colours = np.array([colour(i) for i in range(3)])
+    over = np.abs((2 * picture - ground)[..., None, :] - colours).sum(-1).argmin(-1)
+    assert len(np.unique(mask)) > 1
+    assert over.tolist() == np.kron(mask, np.ones((128, 128), int))[:700, :1000].tolist()
     said = bundle.predict([pixels(700, 1000)[128:256, 256:384]])[0]
     (cell,) = [row for row in rows if (row["row"], row["col"]) == ("1", "2")]
     assert [float(cell[name]) for name in CLASSES] == pytest.approx(said.tolist(), abs=5e-3)
     assert float(cell["x"]) == 500_000 + 64 * 2.5
+
+
+def test_of_several_classes_a_cell_names_all_that_are_likely(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "in.tif", pixels(200, 300))
+    model = real_model("scene", CLASSES)
+    model.multi_label = True
+    settings = Finetune.model_validate({**PLAIN, "multi_label": True}).model_dump(mode="json")
+    answered(bundle_of("scene", model, size=64, settings=settings), tmp_path, scene)
+    with (tmp_path / "s.cells.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        likely = [name for name in CLASSES if float(row[name]) >= 0.5]
+        assert row["label"] == ";".join(likely)
+    assert any(";" in row["label"] for row in rows)
+
+
+def test_a_scene_without_objects_has_an_empty_answer(tmp_path: Path) -> None:
+    import pyogrio
+
+    scene = write_scene(tmp_path / "in.tif", np.full((100, 200, 3), 60, np.uint8))
+    answer = answered(bundle_of("detection", Bright(), size=64), tmp_path, scene)
+    assert answer["boxes"] == 0 and answer["said"] == "no objects (score from 0.5)"
+    about = pyogrio.read_info(tmp_path / "s.boxes.gpkg")
+    assert about["features"] == 0 and about["crs"] == "EPSG:32631"
+    assert (tmp_path / "s.preview.png").exists()
+
+
+def test_a_preview_shows_floats_with_gaps_at_any_scale(tmp_path: Path) -> None:
+    """Also where the model's pixels are others than the scene's."""
+    random = np.random.default_rng(4)
+    image = random.normal(900, 40, (300, 400, 3)).astype(np.float32)
+    image[:, 250:] = np.nan
+    scene = write_scene(tmp_path / "in.tif", image)
+    deep = (np.nan_to_num(image) * 10).astype(np.uint16)
+    deep[:, 250:] = 65535
+    whole_numbers = write_scene(tmp_path / "deep.tif", deep, nodata=65535)
+    for file, dtype in ((scene, "float32"), (whole_numbers, "uint16")):
+        sensor = {"bands": ["a", "b", "c"], "dtype": dtype, "mean": [900] * 3, "std": [40] * 3}
+        for gsd_m in (None, {"low": 1.0, "high": 1.0}):
+            out = tmp_path / f"{dtype}{gsd_m is None}"
+            bundle = bundle_of(sensors={"rgb": sensor}, gsd_m=gsd_m)
+            answered(bundle, out, file)
+            with Image.open(out / "s.preview.png") as opened:
+                picture = np.asarray(opened)[:300, :400]
+            assert picture[:, :248].std() > 15  # half of the ground's contrast
+            assert (picture[:, 254:] == 0).all()
 
 
 def test_ground_control_points_are_passed_on(tmp_path: Path) -> None:
@@ -351,6 +417,28 @@ def test_a_picture_of_the_whole_globe_has_no_corners_on_it(tmp_path: Path) -> No
         file.transform = from_origin(-5.5e6, 5.5e6, 11e6 / 60, 11e6 / 60)
     answered(bundle_of(), tmp_path, path)
     check_item(json.loads((tmp_path / "s.stac.json").read_text()), tmp_path)
+
+
+def placed(path: Path, crs: Any, transform: Any) -> tuple[Any, Any]:
+    """The STAC outline of 60 x 60 pixels there."""
+    with rasterio.open(write_scene(path, pixels(60, 60), crs=None), "r+") as file:
+        file.crs, file.transform = crs, transform
+    with Scene(bundle_of(), {"rgb": path}) as scene:
+        return stac.footprint(scene)
+
+
+def test_outlines_lie_where_they_lie_on_earth(tmp_path: Path) -> None:
+    path = tmp_path / "in.tif"
+    for west in (-180, 0):
+        geometry, box = placed(path, "EPSG:4326", from_origin(west, 90, 6, 3))
+        assert box == [-180, -90, 180, 90] and shapely.geometry.shape(geometry).area == 360 * 180
+    geometry, box = placed(path, "EPSG:3413", from_origin(-1e5, 1e5, 2e5 / 60, 2e5 / 60))
+    pole = shapely.geometry.shape(geometry)
+    assert box[0] == -180 and box[2] == 180 and box[3] == 90 and 88 < box[1] < 89
+    assert all(pole.contains(shapely.Point(lon, 89.9)) for lon in (-170, -60, 0, 77, 160))
+    geometry, box = placed(path, "EPSG:32601", from_origin(165_000, 3_000, 50, 50))
+    assert geometry["type"] == "MultiPolygon" and box[0] == pytest.approx(179.99, abs=0.01)
+    assert box[2] == pytest.approx(-179.98, abs=0.01) and box[0] < 180
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (33, 31)])

@@ -15,6 +15,7 @@ from servers import S3
 from small_models import SWIN, write_model
 
 from ringmo import config
+from ringmo.config import Sensor
 from ringmo.errors import BadInput
 from ringmo.inference import scenes
 from ringmo.inference.predict import predict, text
@@ -60,13 +61,70 @@ def test_bands_are_taken_by_their_names(tmp_path: Path) -> None:
 
 
 def test_b2_and_b02_blue_are_one_band(tmp_path: Path) -> None:
-    from ringmo.config import Sensor
-
     sensor = Sensor(bands=["B04", "B03", "B02"], dtype="uint16", mean=[0] * 3, std=[1] * 3)
     scene = write_scene(tmp_path / "in.tif", pixels(20, 20).astype(np.uint16))
     with rasterio.open(scene, "r+") as file:
         file.descriptions = ("B2_blue", "B3_green", "B4_red")
         assert band_order(file, sensor) == [2, 1, 0]
+
+
+def test_names_that_begin_alike_are_other_bands(tmp_path: Path) -> None:
+    def order(bands: list[str], names: list[str]) -> list[int] | None:
+        sensor = Sensor(bands=bands, dtype="uint8", mean=[0] * len(bands), std=[1] * len(bands))
+        image = np.zeros((20, 20, len(names)), np.uint8)
+        scene = write_scene(tmp_path / "in.tif", image, photometric="rgb")
+        with rasterio.open(scene, "r+") as file:
+            file.descriptions = names
+            return band_order(file, sensor)
+
+    with pytest.raises(BadInput, match="the model reads 2: red, red_edge"):
+        order(["red", "red_edge"], ["blue", "green", "red", "nir"])
+    assert order(["swir_1", "swir_2"], ["red", "swir_2", "swir_1"]) == [2, 1]
+    assert order(["B8", "B8A"], ["B08", "B8A_narrow", "B4"]) is not None
+    # What the file says of its bands counts more than that it is shown as RGB.
+    with pytest.raises(BadInput, match="its bands are nir, red, green: blue missing"):
+        order(["red", "green", "blue"], ["nir", "red", "green"])
+
+
+def test_a_large_palette_is_answered_as_a_small_one(
+    workspace: Workspace, model: str, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    image = pixels(64, 1100)
+    paletted = Image.fromarray(image).quantize(64)
+    paletted.save(tmp_path / "in.png")
+    bundle = bundle_of()
+    said = mask(bundle, tmp_path, tmp_path / "in.png")
+    assert (said == whole(bundle, np.array(paletted.convert("RGB"))).argmax(0)).all()
+    (answer,) = predict(workspace, [str(tmp_path / "in.png")], model, out=tmp_path / "out")
+    assert "error" not in answer
+
+
+def test_uint16_that_int16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    sensor = {"bands": ["a", "b", "c"], "dtype": "int16", "mean": [0] * 3, "std": [1e4] * 3}
+    bundle = bundle_of(sensors={"rgb": sensor})
+    image = pixels(200, 300).astype(np.uint16)
+    image[:1] = 40_000  # half a per cent
+    few = write_scene(tmp_path / "few.tif", image)
+    assert (mask(bundle, tmp_path, few) < 3).all()
+    image[:20] = 40_000
+    many = write_scene(tmp_path / "many.tif", image)
+    with pytest.raises(BadInput, match="10 % of its values of uint16 are over 32767"):
+        mask(bundle, tmp_path / "many", many)
+
+
+def test_notes_name_the_files_that_were_given(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scenes, "_in_turn", lambda scene, side: list(scene.rasters))
+    one = write_scene(tmp_path / "before.tif", pixels(100, 120))
+    other = write_scene(tmp_path / "after.tif", pixels(140, 160))
+    bundle = bundle_of("change")
+    about = scenes.about(bundle, "change/7")
+    job = scenes.SceneJob(bundle, about, {"rgb": one, "second": other}, tmp_path, "s")
+    job.work()
+    answer = job.deliver()
+    assert answer is not None
+    assert answer["notes"] == ["after.tif was brought to the pixels of before.tif"]
 
 
 def test_another_ground_sampling_distance_is_resampled_or_refused(tmp_path: Path) -> None:

@@ -1,21 +1,29 @@
 """Scenes and processes: killed ones, several at once, and how much memory one takes."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import rasterio
-from pixelwise import pixels, write_scene
+from pixelwise import bundle_of, pixels, write_scene
 from rasterio.transform import from_origin
 
-from ringmo.errors import BadInput
+from ringmo.errors import BadInput, Unreachable
+from ringmo.inference import progress_folder, scenes, stac
+from ringmo.inference.given import Given
 from ringmo.inference.progress_folder import ProgressFolder
 
 TESTS = Path(__file__).parents[1]
@@ -107,7 +115,8 @@ def test_a_folder_of_other_settings_begins_anew_unless_it_is_in_use(tmp_path: Pa
     first = ProgressFolder(tmp_path / "work", {"model": "a"}, 3)
     assert first.claim(0) and not first.claim(0)
     first.write(0, {"x": np.arange(3), "y": np.ones(2, np.float32)})
-    assert first.read(0)["x"].tolist() == [0, 1, 2] and first.finished() == 1
+    assert first.finished() == 1 and set(first.read(0, "x", "z")) == {"x"}
+    assert first.read(0, "x")["x"].tolist() == [0, 1, 2]
     with pytest.raises(BadInput, match="other settings"):
         ProgressFolder(tmp_path / "work", {"model": "b"}, 3)
     first.close()
@@ -118,3 +127,108 @@ def test_a_folder_of_other_settings_begins_anew_unless_it_is_in_use(tmp_path: Pa
     assert not other.done(0)
     other.remove()
     assert not (tmp_path / "work").exists()
+
+
+def test_blocks_are_packed_in_a_hurry(tmp_path: Path) -> None:
+    """At level 1: the default takes several times as long."""
+    values = (np.arange(300_000) // 7 % 251).astype(np.uint8)
+    folder = ProgressFolder(tmp_path / "work", {}, 1)
+    folder.write(0, {"x": values})
+    folder.close()
+    with zipfile.ZipFile(tmp_path / "work" / "0000000.npz") as file:
+        entry, raw = file.getinfo("x.npy"), file.read("x.npy")
+    sizes = {level: len(zlib.compress(raw, level)) for level in (1, 6)}
+    assert abs(entry.compress_size - sizes[1]) < abs(entry.compress_size - sizes[6])
+
+
+def test_first_comers_with_other_settings_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Of many that come at once to what another model left, those of one model alone stay."""
+    ProgressFolder(tmp_path / "work", {"model": "old"}, 3).close()
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from ringmo.errors import BadInput\n"
+        "from ringmo.inference.progress_folder import ProgressFolder\n"
+        "Path(sys.argv[1] + '.' + sys.argv[3]).touch()\n"
+        "while not Path(sys.argv[1]).exists(): pass\n"
+        "try: folder = ProgressFolder(Path(sys.argv[2]), {'model': sys.argv[3][0]}, 3)\n"
+        "except BadInput: print('refused')\n"
+        "else: time.sleep(1); print(folder._read()['model'])\n"
+    )
+    go, names = tmp_path / "go", ["a1", "a2", "b1", "b2"]
+    command = [sys.executable, "-c", code, str(go), str(tmp_path / "work")]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    processes = [
+        subprocess.Popen([*command, name], env=environment, stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    limit = time.monotonic() + LIMIT_S
+    while len(list(tmp_path.glob("go.*"))) < len(names) and time.monotonic() < limit:
+        time.sleep(0.02)
+    go.touch()
+    said = [process.communicate(timeout=LIMIT_S)[0].strip() for process in processes]
+    first = next(word for word in said if word != "refused")
+    assert said == [first if name[0] == first else "refused" for name in names]
+
+
+def test_who_comes_while_a_folder_goes_gets_a_new_one(tmp_path: Path, monkeypatch: Any) -> None:
+    """Between the folder and the file in it, and between the file and its lock."""
+    place, flock, going = tmp_path / "place", fcntl.flock, ["file", "folder"]
+    opened = Path.open
+
+    def open_late(path: Path, *how: Any) -> Any:
+        if going and going[-1] == "folder" and path.name == "users.lock":
+            going.pop()
+            place.rmdir()
+        return opened(path, *how)
+
+    def lock_late(file: Any, how: int) -> None:
+        if going and going[-1] == "file":
+            going.pop()
+            shutil.rmtree(place)
+        flock(file, how)
+
+    monkeypatch.setattr(Path, "open", open_late)
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with progress_folder.joined(place) as users:
+        assert not going and progress_folder.there(users, place)
+
+
+def test_an_object_that_does_not_come_leaves_nothing(tmp_path: Path) -> None:
+    class Broken:
+        def fetch(self, path: str, target: Path) -> None:
+            target.write_bytes(b"half")
+            raise Unreachable("no answer")
+
+    class Whole:
+        fetched = 0
+
+        def fetch(self, path: str, target: Path) -> None:
+            self.fetched += 1
+            target.write_bytes(b"all")
+
+    of: Any = SimpleNamespace(path="a.tif", size=3, mark=7)
+    broken = Given("s3://b/a.tif", Path("a.tif"), cast(Any, Broken()), of)
+    with pytest.raises(Unreachable), broken.here(tmp_path):
+        raise AssertionError("nothing came")
+    assert not list(tmp_path.iterdir())
+    bucket = Whole()
+    given = Given("s3://b/a.tif", Path("a.tif"), cast(Any, bucket), of)
+    with given.here(tmp_path) as one, given.here(tmp_path) as other:  # nobody waits for another
+        assert one == other and one.read_bytes() == b"all" and bucket.fetched == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_so_at_the_end_too(tmp_path: Path, monkeypatch: Any) -> None:
+    scene = write_scene(tmp_path / "in.tif", pixels(60, 60))
+    bundle = bundle_of()
+    about = scenes.about(bundle, "segmentation/7")
+    job = scenes.SceneJob(bundle, about, {"rgb": scene}, tmp_path / "out", "s")
+    job.work()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "s.stac.json")
+
+    monkeypatch.setattr(stac, "write", full)
+    with pytest.raises(BadInput, match=r"s\.stac\.json: No space left on device"):
+        job.deliver()
+    job.close()

@@ -21,7 +21,7 @@ from ringmo.models import rotated
 from ringmo.models.backbone import encoder
 from ringmo.tasks import find
 from ringmo.tasks.base import Objects, Sample, joined
-from ringmo.tasks.objects import TOLD, Found, ObjectTask, drawn
+from ringmo.tasks.objects import AT_EDGE, TOLD, Found, ObjectTask, drawn, own_boxes
 from ringmo.training.augmentation import turned
 
 NAMES = ("detection", "oriented")
@@ -226,6 +226,14 @@ def test_windows_of_a_larger_image_find_each_object_once_and_whole(name: str) ->
     assert sorted(found.boxes.round().int().tolist()) == sorted(true)
     [small] = task.answer(Bright(150, 4 if name == "detection" else 5), {"rgb": image})
     assert sorted(small.boxes.round().int().tolist()) == sorted(true)
+
+
+def test_a_box_as_wide_as_the_overlap_is_one_window_s() -> None:
+    """Both have it as cut."""
+    starts, size = [0, 40], 64
+    low, high = torch.tensor([starts[1] + AT_EDGE]), torch.tensor([starts[0] + size - AT_EDGE])
+    owners = [bool(own_boxes(low, high, starts, step, size)) for step in (0, 1)]
+    assert owners == [False, True]
 
 
 @EACH
