@@ -263,7 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--queue", 128, "requests within at a time; further ones are told to come again"),
         ("--max-body", 32_000_000, "bytes"),
         ("--max-side", 2048, "pixels of an image's side"),
-        ("--time-limit", 30, "seconds for a request"),
+        ("--time-limit", 30, "seconds, each of a request's body and its answer"),
         ("--poll", 5, "seconds between two looks at the registry"),
     ):
         serve.add_argument(name, type=int, default=default, metavar="N", help=f"{text} ({default})")
@@ -826,15 +826,12 @@ def _serve(arguments: Arguments) -> None:
     from ringmo.inference.server import running
     from ringmo.inference.server.app import Limits
 
-    numbers = {n: getattr(arguments, n) for n in ("batch_size", "queue", "max_body", "max_side")}
-    for name, value in {
-        **numbers,
-        "time_limit": arguments.time_limit,
-        "poll": arguments.poll,
-    }.items():
-        if value < 1:
+    for name in ("batch_size", "queue", "max_body", "max_side", "time_limit", "poll"):
+        if (value := getattr(arguments, name)) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {value}: at least 1")
-    _, workspace = _open(arguments)
+    if not 0 <= arguments.port < 2**16:
+        raise BadInput(f"--port {arguments.port}: from 0 to {2**16 - 1}")
+    config, workspace = _open(arguments)
     running.serve(
         workspace,
         arguments.model or ["scene@champion"],
@@ -847,6 +844,7 @@ def _serve(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         poll_s=arguments.poll,
         device=_device(arguments.device),
+        monitoring=config.monitoring,
     )
 
 

@@ -112,7 +112,3 @@ class Chromium:
             document.querySelector("{selector}").dispatchEvent(
                 new DragEvent("drop", {{dataTransfer: transfer, bubbles: true, cancelable: true}}));
         }})()""")
-
-    def picture(self, path: Path) -> None:
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from PIL import Image
+from rasterio.io import MemoryFile
+from rasterio.transform import from_origin
 from small_models import SENSORS, SWIN, rgb, sar
 
 from ringmo.workspace import Workspace
@@ -95,6 +98,25 @@ def png(pixels: Any) -> bytes:
     return stream.getvalue()
 
 
+def tiff(pixels: Any, **how: Any) -> bytes:
+    """Pixels (H, W, bands) as a GeoTIFF in UTM zone 33, 10 m a pixel."""
+    profile = {
+        "driver": "GTiff",
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "count": pixels.shape[2],
+        "dtype": pixels.dtype,
+        "crs": "EPSG:32633",
+        "transform": from_origin(500_000, 5_000_000, 10, 10),
+        "photometric": "MINISBLACK" if pixels.dtype == np.uint8 else None,
+    }
+    with MemoryFile() as memory:
+        with memory.open(**{k: v for k, v in (profile | how).items() if v is not None}) as file:
+            file.write(pixels.transpose(2, 0, 1))
+        memory.seek(0)
+        return bytes(memory.read())
+
+
 def write_task_model(
     folder: Path,
     kind: str,
@@ -102,7 +124,6 @@ def write_task_model(
     encoder_seed: int = 1,
     seed: int = 2,
     sensors: Sequence[str] = ("rgb",),
-    generated: bool = False,
 ) -> Path:
     """A real, untrained model for a task. Of one encoder_seed all have the same encoder."""
     import torch
@@ -133,7 +154,7 @@ def write_task_model(
         "sensors": {name: SENSORS[name].described() for name in sensors},
         "sensor": sensors[0],
         "classes": classes,
-        "generated": generated,
+        "generated": False,
         "lineage": {"selection": "5e1ec7", "encoder": None, "params": "9a", "revision": 1},
         "figures": {"val_accuracy": 0.5},
     }

@@ -7,6 +7,7 @@ probabilities (B, classes, S, S), of heights metres (B, S, S); of an encoder its
 (B, S/stride, S/stride, C). The file is kept only where it gives the model's own answers.
 """
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ from ringmo.errors import BadInput
 from ringmo.inference.model import open_bundle
 from ringmo.models.normal import Normal
 from ringmo.registry.bundle import TOLERANCE, Bundle
-from ringmo.tasks.base import SECOND
 from ringmo.workspace import Workspace
 
 FORMATS = ("onnx", "torch")
@@ -34,12 +34,9 @@ class Standalone(nn.Module):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__()
         self.model, self.task = bundle.model, bundle.task
-        self.names = list(bundle.sensors)
-        sensors = dict(bundle.sensors)
-        if self.task is not None and SECOND in self.task.parts:
-            self.names.append(SECOND)
-            sensors[SECOND] = sensors[self.names[0]]
-        self.normal = nn.ModuleDict({n: Normal(sensors[n], bundle.device) for n in self.names})
+        reads = bundle.reads
+        self.names = list(reads)
+        self.normal = nn.ModuleDict({n: Normal(reads[n], bundle.device) for n in reads})
 
     def forward(self, *images: Tensor) -> Tensor:
         normal = {
@@ -64,7 +61,7 @@ def export(workspace: Workspace, ref: str, form: str, out: Path) -> dict[str, An
 
     Raises:
         BadInput: the model is unknown or cannot be exported, a package is missing, or the file's
-            answers are others. Unreachable: MLflow does not answer.
+            answers are others, or it cannot be written. Unreachable: MLflow does not answer.
     """
     bundle = open_bundle(ref, workspace=workspace.root)
     task = bundle.task
@@ -78,11 +75,13 @@ def export(workspace: Workspace, ref: str, form: str, out: Path) -> dict[str, An
             f"{ref}: an encoder of {' and '.join(bundle.sensors)} is exported as part of a task's "
             f"model, which says which of them it reads"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise BadInput(f"--out {out}: a folder: name a file")
     temporary = out.with_name(f".{out.name}.tmp")
     model = Standalone(bundle).eval()
-    about = _about(bundle, model)
+    about = _about(bundle)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode():
             run = (_onnx if form == "onnx" else _torch)(
                 model, _inputs(bundle, TRACED), about, temporary
@@ -96,12 +95,15 @@ def export(workspace: Workspace, ref: str, form: str, out: Path) -> dict[str, An
         temporary.replace(out)
     except BadInput:
         raise
+    except OSError as error:
+        raise BadInput(f"{out}: {error.strerror or error}") from None
     # PyTorch's exporters and onnxruntime have no common error.
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BadInput(f"{ref}: this architecture is not exported to {form}: {line}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder is none
+            temporary.unlink(missing_ok=True)
     return {
         "ref": ref,
         "bundle_hash": bundle.hash,
@@ -129,17 +131,16 @@ def text(done: dict[str, Any]) -> str:
     )
 
 
-def _about(bundle: Bundle, model: Standalone) -> dict[str, Any]:
-    first, *_ = bundle.sensors
+def _about(bundle: Bundle) -> dict[str, Any]:
     size = int(bundle.meta["image_size"])
     inputs = [
         {
             "name": name,
-            "bands": list(bundle.sensors[first if name == SECOND else name].bands),
-            "dtype": bundle.sensors[first if name == SECOND else name].dtype,
+            "bands": list(sensor.bands),
+            "dtype": sensor.dtype,
             "side": size,
         }
-        for name in model.names
+        for name, sensor in bundle.reads.items()
     ]
     output = "features" if bundle.task is None else bundle.meta["kind"]
     return {"inputs": inputs, "output": output, "classes": bundle.classes}

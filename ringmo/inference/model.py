@@ -140,6 +140,11 @@ class TrainedModel(nn.Module):
         return replace(self._bundle, device=str(next(self.model.parameters()).device))
 
 
+def is_folder(ref: str | os.PathLike[str]) -> bool:
+    """Whether a reference is a bundle's folder, and the registry need not be asked."""
+    return (Path(ref) / META).is_file() or not NAME.fullmatch(str(ref))
+
+
 def open_bundle(
     ref: str | os.PathLike[str],
     device: str = "cpu",
@@ -150,7 +155,7 @@ def open_bundle(
     Raises:
         BadInput, Unreachable: as `ringmo.load`.
     """
-    if (Path(ref) / META).is_file() or not NAME.fullmatch(str(ref)):
+    if is_folder(ref):
         return load_bundle(Path(ref), device)
     from ringmo.registry import listing, register
     from ringmo.registry.tracker import Tracker

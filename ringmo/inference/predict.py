@@ -5,6 +5,7 @@ An image of more than SCENE_SIDE pixels along its longer side is a scene, and wa
 """
 
 import glob
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 SCENE = "scene"
 HELPER_GRACE_S = 10  # that a helping process gets to end
+HELP = (
+    "import json, sys; from ringmo.inference.predict import help_with; "
+    "help_with(**json.loads(sys.argv[1]))"
+)
 
 
 def predict(
@@ -38,6 +43,7 @@ def predict(
     beside: Mapping[str, str] | None = None,
     probabilities: bool = False,
     workers: int = 1,
+    scenes_alone: bool = False,
 ) -> list[dict[str, Any]]:
     """What the model says of each image, in the order given.
 
@@ -54,6 +60,8 @@ def predict(
             sensor → a file, or a folder with files of the same names.
         probabilities: write those of all classes too, of scenes.
         workers: processes that share the scenes.
+        scenes_alone: pass over what is in a bucket and no scene, and write no predictions.json: as
+            a process that helps another.
 
     Returns:
         For each image that was read {image, label, confidence, top: [{label, probability}]}, or
@@ -90,7 +98,7 @@ def predict(
             folder = out if out is not None else workspace.state / "answers"
             folder = folder.parent if folder.suffix == ".json" else folder
             asked = (ref, about, folder, beside or {}, probabilities, top, workers, recorder)
-            line = _Scenes(workspace, bundle, *asked)
+            line = _Scenes(workspace, bundle, *asked, scenes_alone)
             line.answer([(i, given[i], names[i]) for i in rest], answers)
     failed = [answer for answer in answers if "error" in answer]
     if len(failed) == len(answers):
@@ -98,7 +106,7 @@ def predict(
         raise BadInput(f"{failed[0]['image']}: {failed[0]['error']}{more}: no image could be read")
     if failed:
         console.note(f"{len(failed)} of {len(answers)} images could not be read and are set aside")
-    if out is not None:
+    if out is not None and not scenes_alone:
         _write(out, answers)
     return answers
 
@@ -155,6 +163,7 @@ class _Scenes:
         top: int,
         workers: int,
         recorder: "Recorder | None",
+        scenes_alone: bool,
     ) -> None:
         self.workspace, self.bundle, self.ref, self.out = workspace, bundle, ref, out
         self.beside, self.probabilities, self.top, self.workers = (
@@ -163,7 +172,7 @@ class _Scenes:
             top,
             workers,
         )
-        self.about, self.recorder = about, recorder
+        self.about, self.recorder, self.scenes_alone = about, recorder, scenes_alone
 
     def answer(
         self, scenes: Sequence[tuple[int, Given, str]], answers: list[dict[str, Any]]
@@ -212,6 +221,8 @@ class _Scenes:
         try:
             with given.here(self.out / ".fetched") as path:
                 if given.bucket is not None and not is_scene(path):
+                    if self.scenes_alone:  # whoever is helped answers it
+                        return {}
                     return self._image(given, path, name)
                 others = {
                     what: of
@@ -270,10 +281,9 @@ class _Scenes:
 def _about(workspace: Workspace, ref: str, bundle: Any) -> "About":
     """What the registry knows of the model; of a folder what the bundle says of itself."""
     from ringmo.inference import scenes
-    from ringmo.inference.model import NAME
-    from ringmo.registry.bundle import META
+    from ringmo.inference.model import is_folder
 
-    if (Path(ref) / META).is_file() or not NAME.fullmatch(ref):
+    if is_folder(ref):
         return scenes.about(bundle, str(Path(ref).resolve()))
     from ringmo.registry.tracker import Tracker
 
@@ -283,29 +293,46 @@ def _about(workspace: Workspace, ref: str, bundle: Any) -> "About":
     return scenes.about(bundle, str(version), {**version.tags, "run": version.run_id})
 
 
+def help_with(workspace: str, out: str, **asked: Any) -> None:
+    """What a helping process does: `predict`, of scenes alone."""
+    predict(Workspace(Path(workspace)), out=Path(out), scenes_alone=True, **asked)
+
+
 class _helpers:
     """Processes that take their share of the scenes' blocks, and end with us."""
 
     def __init__(self, line: _Scenes, names: list[str], count: int) -> None:
         model = line.about.model if "/" in line.about.model else line.ref
-        command = [sys.executable, "-m", "ringmo", "predict", *names, "--model", model]
-        command += ["--out", str(line.out.resolve()), "--quiet", "--json"]
-        command += ["--workspace", str(line.workspace.root)]
-        command += ["--probabilities"] * line.probabilities
-        for name, path in line.beside.items():
-            command += ["--with", f"{name}={path}"]
-        threads = max(1, (os.cpu_count() or 1) // (count + 1))
-        self.command, self.count = command, count
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        asked = {
+            "workspace": str(line.workspace.root),
+            "out": str(line.out.resolve()),
+            "images": names,
+            "ref": model,
+            "beside": dict(line.beside),
+            "probabilities": line.probabilities,
+        }
+        self.command = [sys.executable, "-c", HELP, json.dumps(asked)]
+        self.threads = max(1, (os.cpu_count() or 1) // (count + 1))  # of each, of ours too
+        self.count = count
 
     def __enter__(self) -> None:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        import torch
+
+        self.had = torch.get_num_threads()
+        torch.set_num_threads(min(self.had, self.threads))
         self.processes = [
-            subprocess.Popen(self.command, env=self.environment, **quiet)  # type: ignore[call-overload]
+            subprocess.Popen(
+                self.command,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             for _ in range(self.count)
         ]
 
     def __exit__(self, *_: object) -> None:
+        import torch
+
         # All is delivered, or we are to stop: a helper's blocks that are done stay done.
         for process in self.processes:
             process.terminate()
@@ -315,6 +342,7 @@ class _helpers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        torch.set_num_threads(self.had)
 
 
 def _told(bundle: Any, images: list[Any], recorder: "Recorder | None", names: Sequence[str]) -> Any:
@@ -328,14 +356,14 @@ def _told(bundle: Any, images: list[Any], recorder: "Recorder | None", names: Se
 @contextmanager
 def _recording(workspace: Workspace, bundle: Any, about: "About") -> "Iterator[Recorder | None]":
     """What keeps a sample of a registered version's answers (monitoring in params.yaml)."""
-    if "run" not in about.tags or not workspace.params_file.is_file():
+    if "run" not in about.tags:
         yield None
         return
     from ringmo.config import Config
-    from ringmo.monitoring.record import open_recorder
+    from ringmo.monitoring.record import Recorder
 
     settings = Config.load(workspace.params_file).monitoring
-    recorder = open_recorder(workspace, bundle, about.model, settings)
+    recorder = Recorder(workspace, bundle, about.model, settings)
     try:
         yield recorder
     finally:

@@ -13,7 +13,7 @@ from ringmo.data.decode import Pixels
 from ringmo.data.loading import padded, square
 from ringmo.errors import BadInput
 from ringmo.registry.bundle import read_size
-from ringmo.tasks.base import SECOND, Task
+from ringmo.tasks.base import Task
 
 if TYPE_CHECKING:
     from ringmo.monitoring.record import Recorder
@@ -57,7 +57,7 @@ def predict(
     Args:
         recorder: is shown each batch, under the images' names.
     """
-    named = [_named(bundle, task, image) for image in images]
+    named = [_named(bundle, image) for image in images]
     size = 1 if task.padded else batch_size
     told: list[Any] = []
     for start in range(0, len(named), size):
@@ -75,7 +75,7 @@ def prepared(bundle: "Bundle", task: Task, image: "Image") -> Prepared:
     Raises:
         BadInput: as `Bundle.predict`.
     """
-    return _prepared(bundle, task, _named(bundle, task, image))
+    return _prepared(bundle, task, _named(bundle, image))
 
 
 @torch.inference_mode()
@@ -108,13 +108,13 @@ def at_own_pixels(told: Any, image: Prepared) -> Any:
     }
 
 
-def _named(bundle: "Bundle", task: Task, image: "Image") -> dict[str, Pixels]:
+def _named(bundle: "Bundle", image: "Image") -> dict[str, Pixels]:
     """An image's pixels by what they are of, checked.
 
     Raises:
         BadInput: a sensor or the second date is missing, or they differ in size.
     """
-    wanted = list(bundle.sensors) + [SECOND] * (SECOND in task.parts)
+    wanted = list(bundle.reads)
     if not isinstance(image, Mapping):
         if len(wanted) > 1:
             raise BadInput(
@@ -124,7 +124,7 @@ def _named(bundle: "Bundle", task: Task, image: "Image") -> dict[str, Pixels]:
         image = {wanted[0]: image}
     if missing := [name for name in wanted if name not in image]:
         raise BadInput(f"this model reads {' and '.join(wanted)}: {missing[0]} is missing")
-    fitted = {n: bundle.fit(image[n], wanted[0] if n == SECOND else n) for n in wanted}
+    fitted = {name: bundle.fit(image[name], name) for name in wanted}
     check_sizes(fitted)
     return fitted
 

@@ -89,6 +89,7 @@ class RelativeTrunk(Beit):  # type: ignore[misc]
         del self.patch_embed
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # Not len(tokens): torch.export would take the batch it is traced with for the only one.
         x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens.flatten(1, 2)), 1)
         # Four dimensions: with three, PyTorch's fused attention falls back to its slow path.
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()[None]
@@ -136,6 +137,7 @@ class SincosTrunk(VisionTransformer):  # type: ignore[misc]
         x = tokens.flatten(1, 2) + self.positions
         if kept is not None:
             x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+        # Not len(x): torch.export would take the batch it is traced with for the only one.
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         features: Tensor = self.norm(self.blocks(x))[:, 1:]
         return features if kept is not None else features.reshape(tokens.shape)

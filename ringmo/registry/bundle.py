@@ -145,6 +145,14 @@ class Bundle:
         return {name: Sensor.model_validate(self.meta["sensors"][name]) for name in names}
 
     @property
+    def reads(self) -> dict[str, Sensor]:
+        """What it reads of one ground: `sensors`, and of a pair the later date as `second`."""
+        found = self.sensors
+        if self.task is not None and SECOND in self.task.parts:
+            found[SECOND] = next(iter(found.values()))
+        return found
+
+    @property
     def encoder(self) -> Encoder:
         trunk = self.model if self.meta["kind"] == ENCODER else self.model.encoder
         assert isinstance(trunk, Encoder)
@@ -197,10 +205,10 @@ class Bundle:
             answers.append(features(self.encoder, small.to(self.device), self.meta, name))
         return np.concatenate(answers)
 
-    def fit(self, image: Pixels, sensor: str) -> Pixels:
-        """`fit`, with an error that says which image."""
+    def fit(self, image: Pixels, name: str) -> Pixels:
+        """`fit` to what it reads under a name, with an error that says which image."""
         try:
-            return fit(image, self.meta["sensors"][sensor])
+            return fit(image, self.reads[name])
         except BadInput as error:
             raise BadInput(f"an image of shape {image.shape}: {error}") from None
 
@@ -280,7 +288,7 @@ def _example_images(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> d
     return {meta["example"]["sensor"]: tensors[EXAMPLE_IMAGE][None], **named}
 
 
-def fit(image: Pixels, sensor: Mapping[str, Any]) -> Pixels:
+def fit(image: Pixels, sensor: Sensor | Mapping[str, Any]) -> Pixels:
     """An image (H, W, bands) as a model reads it of this sensor; complex values as their power.
 
     Raises:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from ringmo.config import Sensor
     from ringmo.registry.bundle import Bundle
 
 
@@ -39,17 +40,15 @@ class Model:
         """
         import pandas as pd
 
-        from ringmo.tasks.base import SECOND
-
         bundle = self.bundle
         if bundle.task is None:
             raise BadInput(f"{bundle.folder} is an encoder and has no classes")
-        first, *others = [*bundle.sensors, *[SECOND] * (SECOND in bundle.task.parts)]
-        sensors = bundle.meta["sensors"] | {SECOND: bundle.meta["sensors"][first]}
-        if others:
-            images: list[Any] = _together(model_input, [first, *others], sensors)
+        reads = bundle.reads
+        if len(reads) > 1:
+            images: list[Any] = _together(model_input, reads)
         else:
-            images = [_pixels(item, at, sensors[first]) for at, item in _items(model_input)]
+            (sensor,) = reads.values()
+            images = [_pixels(item, at, sensor) for at, item in _items(model_input)]
         told = bundle.predict(images)
         if isinstance(told, list):
             return pd.DataFrame(told)
@@ -67,21 +66,18 @@ def _load_pyfunc(data_path: str) -> Model:
     return Model(load(Path(data_path)))
 
 
-def _together(table: Any, names: list[str], sensors: dict[str, Any]) -> list[dict[str, Any]]:
+def _together(table: Any, reads: "dict[str, Sensor]") -> list[dict[str, Any]]:
     """The rows of a table with a column for each image of one ground."""
     import pandas as pd
 
-    if not isinstance(table, pd.DataFrame) or not set(names) <= set(table.columns):
+    if not isinstance(table, pd.DataFrame) or not set(reads) <= set(table.columns):
         raise BadInput(
-            f"this model reads {' and '.join(names)} of the same ground: give a table with these "
+            f"this model reads {' and '.join(reads)} of the same ground: give a table with these "
             f"columns"
         )
-    columns = {name: _items(table[name].tolist()) for name in names}
+    columns = {name: _items(table[name].tolist()) for name in reads}
     return [
-        {
-            n: _pixels(items[i][1], f"{n} of {items[i][0]}", sensors[n])
-            for n, items in columns.items()
-        }
+        {n: _pixels(items[i][1], f"{n} of {items[i][0]}", reads[n]) for n, items in columns.items()}
         for i in range(len(table))
     ]
 
@@ -104,7 +100,7 @@ def _items(model_input: Any) -> list[tuple[str, Any]]:
     return [(f"image {i}", item) for i, item in enumerate(model_input)]
 
 
-def _pixels(item: Any, where: str, sensor: dict[str, Any]) -> "NDArray[Any]":
+def _pixels(item: Any, where: str, sensor: "Sensor") -> "NDArray[Any]":
     import numpy as np
 
     from ringmo.data.decode import decode

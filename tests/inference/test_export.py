@@ -1,5 +1,6 @@
 """Models for programs without ringmo: the same answers, or no file."""
 
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -87,3 +88,26 @@ def test_other_answers_are_no_export(
     with pytest.raises(BadInput, match="answers are off by"):
         export.export(workspace, str(folder), "torch", out)
     assert not out.exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_what_cannot_be_written_is_one_line(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_task_model(tmp_path / "scene", "scene")
+    (tmp_path / "file").write_text("in the way")
+    inside = tmp_path / "file" / "deeper" / "scene.pt2"
+
+    def asked(out: Path, says: str) -> None:
+        with pytest.raises(BadInput, match=says) as raised:
+            export.export(workspace, str(folder), "torch", out)
+        assert str(out) in str(raised.value) and "architecture" not in str(raised.value)
+
+    asked(tmp_path, "a folder: name a file")
+    asked(inside, "Not a directory")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    asked(tmp_path / "scene.pt2", "No space left on device")
+    assert not list(tmp_path.glob(".*.tmp"))

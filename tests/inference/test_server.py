@@ -16,8 +16,7 @@ import pytest
 import rasterio
 from PIL import Image
 from rasterio.io import MemoryFile
-from rasterio.transform import from_origin
-from served import MASKS, Served, png, write_task_model
+from served import MASKS, Served, png, tiff, write_task_model
 from small_models import rgb
 
 from ringmo import tasks
@@ -27,25 +26,6 @@ from ringmo.workspace import init
 pytestmark = pytest.mark.slow
 
 KINDS = tasks.names()
-
-
-def tiff(pixels: Any, **how: Any) -> bytes:
-    """Pixels (H, W, bands) as a GeoTIFF in UTM zone 33, 10 m a pixel."""
-    profile = {
-        "driver": "GTiff",
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
-        "count": pixels.shape[2],
-        "dtype": pixels.dtype,
-        "crs": "EPSG:32633",
-        "transform": from_origin(500_000, 5_000_000, 10, 10),
-        "photometric": "MINISBLACK" if pixels.dtype == np.uint8 else None,
-    }
-    with MemoryFile() as memory:
-        with memory.open(**{k: v for k, v in (profile | how).items() if v is not None}) as file:
-            file.write(pixels.transpose(2, 0, 1))
-        memory.seek(0)
-        return bytes(memory.read())
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_every_task_s_answer_is_drawn(served: Served, tmp_path: Path) -> None:
             assert page.value("document.getElementById('canvas').width") >= 50
             drawn = kind != "scene"
             if kind == "oriented":  # untrained, it may be sure of nothing
-                drawn = page.value("shown.told.boxes.some((box) => box.score >= 0.5)")
+                drawn = page.value("shown.told.boxes.some((box) => box.score >= shown.told.sure)")
             assert grey(page) != drawn, kind
             if kind in ("segmentation", "height"):
                 set_strength(page, 0)

@@ -197,10 +197,15 @@ def test_what_cannot_be_served_is_said_before_it_listens(
         (["--model", "nothing@champion"], "no registered model"),
         (["--root", str(tmp_path / "none")], "no such folder"),
         (["--queue", "0"], "at least 1"),
+        (["--port", "65536"], "--port 65536: from 0 to 65535"),
+        (["--port", "-1"], "--port -1: from 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: no name or address"),
+        (["--host", "a..b"], "--host a..b: no name or address"),
         (["--model", "scene/1", "--model", "scene/1"], "twice"),
     ):
         assert main(["serve", *arguments]) == 2
-        assert says in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert says in error and error.count("ringmo: ") == 1
 
 
 def test_production_is_sampled_by_version(
@@ -220,8 +225,16 @@ def test_production_is_sampled_by_version(
         window = {"col": 8, "row": 0, "width": 64, "height": 48}
         asked = {"image": {"path": "scene.png", "window": window}}
         assert served.post("/predict/scene", asked).status_code == 200
+        load = Load(served.port)
+        wait(lambda: len(load.seen) > 50, "no answers")
+        served.process.send_signal(signal.SIGTERM)
+        load._end.set()
+        assert served.process.wait(60) == 0
+        load.stop()
     finally:
-        served.stop()
+        if served.process.poll() is None:
+            served.stop()
+    late = len(load.seen)
     small = workspace.root / "small.png"
     small.write_bytes(png(rgb(10)))
     predict(workspace, [str(small), str(scene)], "scene/2", out=workspace.root / "answers")
@@ -229,7 +242,8 @@ def test_production_is_sampled_by_version(
     rows = pd.concat(pd.read_parquet(part) for part in where.rglob("*.parquet"))
     by = dict(list(rows.groupby("version")))
     assert set(by) == {"scene/2", "scene/3"}
-    assert len(by["scene/3"]) == 4 and f"{scene}#8,0,64,48" in set(by["scene/3"]["name"])
+    # As many rows as answers, also of those that were given while it ended.
+    assert len(by["scene/3"]) == 4 + late and f"{scene}#8,0,64,48" in set(by["scene/3"]["name"])
     assert set(by["scene/2"]["scene"]) == {str(small), str(scene)}
     assert (by["scene/2"]["scene"] == str(scene)).sum() > 10
     assert all(len(embedding) for embedding in rows["embedding"])

@@ -53,26 +53,18 @@ PAGE_POLICY = (
 )
 GONE = 499  # nobody is there to hear the answer
 
+Group = tuple[tuple[Loaded, ...], Prepared]  # models with one encoder, and what they read
+
 
 @dataclass(frozen=True)
 class Limits:
-    """requests: within at a time. body: bytes. side: pixels. seconds: of one request."""
+    """requests: within at a time. body: bytes. side: pixels. seconds: each of a
+    request's body and its answer."""
 
     requests: int
     body: int
     side: int
     seconds: float
-
-
-class WindowOf(BaseModel):
-    """A window of a scene, in its pixels from the top left."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    col: int = Field(ge=0)
-    row: int = Field(ge=0)
-    width: int = Field(ge=1)
-    height: int = Field(ge=1)
 
 
 class SceneOf(BaseModel):
@@ -81,7 +73,7 @@ class SceneOf(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     path: str = Field(min_length=1, max_length=4096)
-    window: WindowOf | None = None
+    window: images.Place | None = None
 
 
 Given = Annotated[str, Field(description="an image file in base64")] | SceneOf
@@ -140,10 +132,13 @@ class Server:
         self.models, self.engine, self.measures = models, engine, measures
         self.limits, self.root = limits, root
         self.within, self.held, self.ending = 0, 0, False
+        self.cut_off = 0  # requests that were let in and got no answer, since the server ended
         # GDAL and the decoders give way to other threads while they work.
         self.workers = ThreadPoolExecutor(4, "images")
 
-    async def predict(self, request: Request, slots: list[Slot], *, several: bool) -> Response:
+    async def predict(
+        self, request: Request, slots: list[Slot], *, several: bool, as_picture: bool
+    ) -> Response:
         """Answer one request, whatever comes of it, and count it."""
         label = slots[0].name if len(slots) == 1 else "several"
         started = time.perf_counter()
@@ -152,7 +147,7 @@ class Server:
             return await self._refused(request, label, refused)
         within = Within(self)
         try:
-            response = await self._answered(request, slots, several, within)
+            response = await self._answered(request, slots, several, as_picture, within)
         except Refused as error:
             return await self._refused(request, label, error)
         except BadInput as error:
@@ -160,6 +155,10 @@ class Server:
         except ClientDisconnect:
             self.measures.requests.labels(label, GONE).inc()
             return Response(status_code=GONE)
+        except asyncio.CancelledError:
+            self.cut_off += 1
+            raise
+        # A fault of ours: whoever asked hears of it, and the next request is answered.
         except Exception as error:
             console.note(f"serve: {label}: {type(error).__name__}: {error}")
             return await self._refused(
@@ -172,14 +171,18 @@ class Server:
         return response
 
     async def _answered(
-        self, request: Request, slots: list[Slot], several: bool, within: Within
+        self,
+        request: Request,
+        slots: list[Slot],
+        several: bool,
+        as_picture: bool,
+        within: Within,
     ) -> Response:
         form = formats.accepted(request.headers.get("accept"))
         if several and form != formats.JSON:
             raise Refused(406, f"several models answer with {formats.JSON}")
         for slot in slots:
             formats.check(form, slot.loaded)
-        as_picture = request.query_params.get("picture") in ("1", "true")
         # From here on the versions stay the same, whatever the aliases do.
         loaded = [slot.loaded for slot in slots]
         try:
@@ -219,21 +222,26 @@ class Server:
     ) -> Response:
         in_worker = asyncio.get_running_loop().run_in_executor
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        pictures, inputs, name = await in_worker(
+        pictures, groups, name = await in_worker(
             self.workers, self._prepared, loaded, body, kind == formats.JSON
         )
         within.hold(sum(picture.pixels.nbytes for picture in pictures.values()))
-        jobs = [
-            (group, self.engine.submit(group, image, name)) for group, image in _grouped(inputs)
-        ]
+        jobs = [self.engine.submit(group, image, name) for group, image in groups]
         within.arrived()
+        try:
+            said = await asyncio.gather(*jobs)
+        finally:  # where one failed, or the time is over, the others are for nobody
+            for job in jobs:
+                job.cancel()
         told: dict[Loaded, Any] = {}
-        for group, job in jobs:
-            told |= dict(zip(group, await job, strict=True))
+        inputs: dict[Loaded, Prepared] = {}
+        for (group, image), answers in zip(groups, said, strict=True):
+            told |= dict(zip(group, answers, strict=True))
+            inputs |= dict.fromkeys(group, image)
         versions = ", ".join(model.version for model in loaded)
         form, several, as_picture = how
-        arguments = (loaded, told, dict(inputs), pictures, *how)
-        if loaded[0].task.padded or several or as_picture:
+        arguments = (loaded, told, inputs, pictures, *how)
+        if form != formats.JSON or loaded[0].task.padded or several or as_picture:
             content = await in_worker(self.workers, _content, *arguments)
         else:
             content = _content(*arguments)
@@ -241,30 +249,34 @@ class Server:
 
     def _prepared(
         self, loaded: list[Loaded], body: bytes, is_json: bool
-    ) -> tuple[dict[str, Picture], list[tuple[Loaded, Prepared]], str]:
+    ) -> tuple[dict[str, Picture], list[Group], str]:
         """The images of a request, what each model reads of them, and what it is known by."""
         given: Mapping[str, bytes | SceneOf]
         given = _given(body) if is_json else {"": body}
-        known = {name: model.bands(name) for model in loaded for name in model.reads}
+        reads = {model: list(model.bundle.reads) for model in loaded}
+        known = {
+            name: len(sensor.bands)
+            for model in loaded
+            for name, sensor in model.bundle.reads.items()
+        }
         if set(given) == {""}:
-            first = loaded[0].reads[0]
-            given = {first: given[""]}
+            given = {reads[loaded[0]][0]: given[""]}
         for name in given:
             if name not in known:
                 raise BadInput(f"`{name[:100]}`: what is read is {', '.join(known)}")
         for model in loaded:
-            if missing := [name for name in model.reads if name not in given]:
+            if missing := [name for name in reads[model] if name not in given]:
                 raise BadInput(
-                    f"{model.name} reads {' and '.join(model.reads)} of the same ground: "
+                    f"{model.name} reads {' and '.join(reads[model])} of the same ground: "
                     f'{missing[0]} is missing (JSON: {{"images": {{…}}}})'
                 )
         pictures = {name: self._read(one, known[name]) for name, one in given.items()}
         pixels = {name: picture.pixels for name, picture in pictures.items()}
         inputs = [
-            (model, prepared(model.bundle, model.task, {n: pixels[n] for n in model.reads}))
+            (model, prepared(model.bundle, model.task, {n: pixels[n] for n in reads[model]}))
             for model in loaded
         ]
-        return pictures, inputs, self._name(next(iter(given.values())))
+        return pictures, _grouped(inputs), self._name(next(iter(given.values())))
 
     def _name(self, one: bytes | SceneOf) -> str:
         """For the sample of production: the scene and its window, or a name of its own."""
@@ -280,8 +292,7 @@ class Server:
             return images.from_body(one, bands, self.limits.side)
         if self.root is None:
             raise Refused(403, "this server reads no scenes by name: it was started without --root")
-        place = images.Place(**one.window.model_dump()) if one.window else None
-        return images.from_scene(self.root, one.path, place, bands, self.limits.side)
+        return images.from_scene(self.root, one.path, one.window, bands, self.limits.side)
 
     async def _refused(self, request: Request, label: str, refused: Refused) -> Response:
         self.measures.requests.labels(label, refused.status).inc()
@@ -299,6 +310,7 @@ def application(server: Server, token: str | None, host: str) -> Any:
         server.ending = True
         server.models.stop()
         await asyncio.to_thread(server.engine.stop)
+        await asyncio.to_thread(server.models.close)  # with the rows of the last batches
         server.workers.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
@@ -331,13 +343,16 @@ def application(server: Server, token: str | None, host: str) -> Any:
             status: {"description": text}
             for status, text in {
                 401: "no token, or another",
+                403: "a scene by name, of a server without --root",
                 404: "no such model, or no such scene",
                 406: "the task's answers have no such form",
                 408: "the body did not come in time",
                 413: "the body or the image is too large",
                 415: "not JPEG, PNG or TIFF",
+                421: "asked under another name than localhost, of a server without a token",
                 422: "damaged, other bands, no data",
                 429: "too many requests; Retry-After says when",
+                500: "the server failed; its log says why",
                 504: "no answer in time",
             }.items()
         },
@@ -350,7 +365,7 @@ def application(server: Server, token: str | None, host: str) -> Any:
     async def predict_one(name: str, request: Request, picture: picture = False) -> Response:
         if name not in slots:
             return await server._refused(request, "unknown", _unknown(name, slots))
-        return await server.predict(request, [slots[name]], several=False)
+        return await server.predict(request, [slots[name]], several=False, as_picture=picture)
 
     @app.post(
         "/predict", openapi_extra=body, responses=answers, summary="Ask several models at once"
@@ -363,7 +378,8 @@ def application(server: Server, token: str | None, host: str) -> Any:
         names = list(dict.fromkeys(model or slots))
         if unknown := [name for name in names if name not in slots]:
             return await server._refused(request, "unknown", _unknown(unknown[0], slots))
-        return await server.predict(request, [slots[name] for name in names], several=True)
+        asked = [slots[name] for name in names]
+        return await server.predict(request, asked, several=True, as_picture=picture)
 
     @app.get("/models", summary="What is served, and what each model reads")
     async def models() -> dict[str, Any]:
@@ -469,9 +485,7 @@ def _given(body: bytes) -> dict[str, bytes | SceneOf]:
     return found
 
 
-def _grouped(
-    inputs: list[tuple[Loaded, Prepared]],
-) -> list[tuple[tuple[Loaded, ...], Prepared]]:
+def _grouped(inputs: list[tuple[Loaded, Prepared]]) -> list[Group]:
     """Models with the same encoder that read the same pixels, together."""
     groups: list[tuple[list[Loaded], Prepared]] = []
     for model, image in inputs:
@@ -499,7 +513,7 @@ def _content(
     answers = {model.name: formats.as_json(model, own[model]) for model in loaded}
     answer: dict[str, Any] = {"answers": answers} if several else answers[loaded[0].name]
     if as_picture:
-        answer["images"] = formats.shown(loaded[0], pictures)
+        answer["images"] = formats.shown(loaded, pictures)
     return json.dumps(answer, ensure_ascii=False).encode()
 
 

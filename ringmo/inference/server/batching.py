@@ -20,7 +20,6 @@ from typing import Any
 from ringmo import console
 from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.models import Loaded
-from ringmo.inference.server.sharing import together
 from ringmo.inference.whole_images import Prepared, raw_answers
 
 WAIT_S = 0.004  # for requests that are on their way
@@ -135,12 +134,13 @@ class Engine:
         told: list[Any] = []
         before = models[0].shared.spared
         try:
-            with together([model.shared for model in models]):
+            with models[0].shared.keeping() if len(models) > 1 else contextlib.nullcontext():
                 for model in models:
                     started = time.perf_counter()
                     said = raw_answers(model.bundle, model.task, images, model.recorder, names)
                     told.append(said)
                     self.measures.batch(model, len(images), time.perf_counter() - started)
+        # This thread answers for all models: whatever one image does to one of them, it goes on.
         except Exception as error:
             if len(jobs) > 1:  # which of them was it?
                 for job in jobs:

@@ -3,25 +3,26 @@
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ringmo.data import decode
 from ringmo.data.colours import visible
-from ringmo.inference.answers import summed_up
+from ringmo.inference.answers import colour_classes, map_profile, ring, summed_up
 from ringmo.inference.server.images import Picture, Refused
 from ringmo.inference.server.models import Loaded
 from ringmo.tasks.base import UNKNOWN
 from ringmo.tasks.dense import colour
-from ringmo.tasks.height import VIRIDIS
+from ringmo.tasks.height import coloured
+from ringmo.tasks.objects import SURE
 
 JSON, GEOJSON, PNG, TIFF = "application/json", "application/geo+json", "image/png", "image/tiff"
 FORMS = (JSON, GEOJSON, PNG, TIFF)
-LEAST_SPAN_M = 1.0  # of a picture's colours
 DIGITS = 5
+
+Points = Sequence[Sequence[float]]  # x and y each, of a ring that is not closed
 
 
 def accepted(accept: str | None) -> str:
@@ -83,7 +84,8 @@ def as_json(model: Loaded, told: Any) -> dict[str, Any]:
     answer |= summed_up(told, classes)
     if "boxes" in told:
         answer["legend"] = {name: _hex(colour(i + 1)) for i, name in enumerate(classes)}
-        return answer | {"boxes": [_box(box) for box in told["boxes"]]}
+        # sure: from which score on pictures show a box.
+        return answer | {"sure": SURE, "boxes": [_box(box) for box in told["boxes"]]}
     if "mask" in told:
         answer["legend"] = {name: _hex(colour(i)) for i, name in enumerate(classes)}
     else:
@@ -92,18 +94,14 @@ def as_json(model: Loaded, told: Any) -> dict[str, Any]:
     return answer | {name: base64.b64encode(_png(model, told)).decode()}
 
 
-def shown(model: Loaded, pictures: Mapping[str, Picture]) -> dict[str, str]:
+def shown(models: Sequence[Loaded], pictures: Mapping[str, Picture]) -> dict[str, str]:
     """What the models read, for people: a PNG in base64 each, by what it is of."""
     told = {}
     for name, picture in pictures.items():
-        sensor = model.bundle.sensors.get(name) or next(iter(model.bundle.sensors.values()))
-        pixels = visible(model.bundle.fit(picture.pixels, _sensor(model, name)), sensor)
+        bundle = next(model.bundle for model in models if name in model.bundle.reads)
+        pixels = visible(bundle.fit(picture.pixels, name), bundle.reads[name])
         told[name] = base64.b64encode(_encoded(pixels)).decode()
     return told
-
-
-def _sensor(model: Loaded, name: str) -> str:
-    return name if name in model.bundle.sensors else next(iter(model.bundle.sensors))
 
 
 def _box(box: dict[str, Any]) -> dict[str, Any]:
@@ -117,19 +115,17 @@ def _box(box: dict[str, Any]) -> dict[str, Any]:
 
 def _geojson(model: Loaded, told: Any, picture: Picture) -> dict[str, Any]:
     """In degrees (RFC 7946) where the image lies somewhere, else in its pixels."""
-    from shapely.geometry import box, mapping, shape
-
     height, width = picture.pixels.shape[:2]
     classes = model.bundle.classes
-    found: list[tuple[Any, dict[str, Any]]]
+    found: list[tuple[list[Points], dict[str, Any]]]  # rings, the outer first, open; and about it
     if not isinstance(told, dict):
         answer = as_json(model, told)
         about = {name: answer[name] for name in ("label", "confidence", "probabilities")}
-        found = [(box(0, 0, width, height), about)]
+        found = [([[(0, 0), (width, 0), (width, height), (0, height)]], about)]
     elif "boxes" in told:
         found = [
             (
-                shape({"type": "Polygon", "coordinates": [one["points"]]}),
+                [one["points"]],
                 {"class": one["class"], "score": one["score"], "pixels": one["points"]},
             )
             for one in map(_box, told["boxes"])
@@ -138,10 +134,13 @@ def _geojson(model: Loaded, told: Any, picture: Picture) -> dict[str, Any]:
         from rasterio.features import shapes
 
         areas = shapes(told["mask"], mask=told["mask"] != UNKNOWN)
-        found = [(shape(area), {"class": classes[int(value)]}) for area, value in areas]
+        found = [
+            ([points[:-1] for points in area["coordinates"]], {"class": classes[int(value)]})
+            for area, value in areas
+        ]
     features = [
-        {"type": "Feature", "geometry": mapping(_placed(area, picture)), "properties": about}
-        for area, about in found
+        {"type": "Feature", "geometry": _polygon(rings, picture), "properties": about}
+        for rings, about in found
     ]
     return {
         "type": "FeatureCollection",
@@ -151,19 +150,19 @@ def _geojson(model: Loaded, told: Any, picture: Picture) -> dict[str, Any]:
     }
 
 
-def _placed(area: Any, picture: Picture) -> Any:
-    from shapely import transform
-    from shapely.geometry.polygon import orient
+def _polygon(rings: Sequence[Points], picture: Picture) -> dict[str, Any]:
+    """Rings in pixels, the outer first, where they lie; holes run the other way round."""
+    outer, *holes = (ring(_placed(points, picture)) for points in rings)
+    return {"type": "Polygon", "coordinates": [outer, *(hole[::-1] for hole in holes)]}
 
-    if picture.crs is not None:
-        from rasterio.warp import transform as to_degrees
 
-        def degrees(points: NDArray[np.float64]) -> NDArray[np.float64]:
-            xs, ys = picture.transform @ (points[:, 0], points[:, 1])
-            return np.stack(to_degrees(picture.crs, "EPSG:4326", xs, ys), 1)
+def _placed(points: Points, picture: Picture) -> list[tuple[float, float]]:
+    if picture.crs is None:
+        return [(float(x), float(y)) for x, y in points]
+    from rasterio.warp import transform as to_degrees
 
-        area = transform(area, degrees)
-    return orient(area)
+    xs, ys = picture.transform @ np.asarray(points, np.float64).T
+    return list(zip(*to_degrees(picture.crs, "EPSG:4326", xs, ys), strict=True))
 
 
 def _png(model: Loaded, told: Mapping[str, Any]) -> bytes:
@@ -178,10 +177,7 @@ def _png(model: Loaded, told: Mapping[str, Any]) -> bytes:
         image.save(stream, "PNG")
         return stream.getvalue()
     low, high = _span(told["height"])
-    share = np.clip((told["height"] - low) / max(high - low, LEAST_SPAN_M), 0, 1)
-    steps = np.linspace(0, 1, len(VIRIDIS))
-    bands = [np.interp(share, steps, [colours[i] for colours in VIRIDIS]) for i in range(3)]
-    return _encoded(np.rint(np.stack(bands, 2)).astype(np.uint8))
+    return _encoded(coloured(told["height"], low, high))
 
 
 def _span(heights: NDArray[Any]) -> tuple[float, float]:
@@ -202,28 +198,12 @@ def _geotiff(model: Loaded, values: NDArray[Any], what: str, picture: Picture) -
     """The map where its image lies, with its version, and of a mask with its classes' names."""
     from rasterio.io import MemoryFile
 
-    decode.expect_no_coordinates()
-    height, width = values.shape
-    profile = {
-        "driver": "GTiff",
-        "height": height,
-        "width": width,
-        "count": 1,
-        "dtype": values.dtype,
-        "crs": picture.crs,
-        "compress": "deflate",
-        "predictor": 3 if values.dtype.kind == "f" else 2,
-    }
-    if picture.transform is not None:
-        profile["transform"] = picture.transform
     with MemoryFile() as memory:
-        with memory.open(**profile) as file:
+        with memory.open(**map_profile(values, picture.crs, picture.transform)) as file:
             file.write(values, 1)
             file.update_tags(ringmo_version=model.version, ringmo_bundle=model.bundle.hash)
             if what == "mask":
-                names = model.bundle.classes
-                file.write_colormap(1, {i: (*colour(i), 255) for i in range(len(names))})
-                file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(names)})
+                colour_classes(file, model.bundle.classes)
         memory.seek(0)
         return bytes(memory.read())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ringmo.data import decode, scenes
 from ringmo.errors import BadInput, RingmoError
@@ -24,14 +25,15 @@ class Refused(RingmoError):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Place:
-    """A window of a scene, in its pixels."""
+class Place(BaseModel):
+    """A window of a scene, in its pixels from the top left."""
 
-    col: int
-    row: int
-    width: int
-    height: int
+    model_config = ConfigDict(extra="forbid")
+
+    col: int = Field(ge=0)
+    row: int = Field(ge=0)
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
 
 
 @dataclass
@@ -112,7 +114,7 @@ def _window(file: Any, place: Place | None, bands: int, max_side: int) -> Pictur
         raise BadInput(f"{len(numbers)} bands, the model reads {bands}")
     if file.dtypes[0] not in decode.DTYPES:
         raise BadInput(f"bands of {file.dtypes[0]}: {', '.join(decode.DTYPES)} are read")
-    at = place or Place(0, 0, file.width, file.height)
+    at = place or Place(col=0, row=0, width=file.width, height=file.height)
     _check_size(at.height, at.width, max_side)
     if at.col + at.width > file.width or at.row + at.height > file.height:
         raise Refused(

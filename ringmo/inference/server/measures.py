@@ -22,6 +22,7 @@ class Measures:
     """A registry of its own, so that two servers in one process do not share figures."""
 
     def __init__(self) -> None:
+        # The package is typed, and has forgotten this function's annotation.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         own = self.registry

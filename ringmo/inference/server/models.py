@@ -9,20 +9,26 @@ changes nothing either.
 import re
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ringmo import console
-from ringmo.config import Config, Monitoring
-from ringmo.errors import BadInput, RingmoError
+from ringmo.config import Monitoring
+from ringmo.errors import BadInput, RingmoError, Unreachable
+from ringmo.inference.model import is_folder
 from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.sharing import Shared, encoder_hash
 from ringmo.inference.whole_images import prepared, raw_answers
-from ringmo.monitoring.record import Recorder, open_recorder
-from ringmo.registry.bundle import Bundle
-from ringmo.tasks.base import SECOND, Task
+from ringmo.monitoring.record import Recorder
+from ringmo.registry import bundle as bundles
+from ringmo.registry import listing
+from ringmo.registry.bundle import META, Bundle, load_meta
+from ringmo.registry.register import open_bundle
+from ringmo.registry.tracker import Tracker, Version
+from ringmo.tasks.base import Task
 from ringmo.workspace import Workspace
 
 AGAIN_S = 60.0  # until a version that did not load is tried again
@@ -40,19 +46,8 @@ class Loaded:
     shared: Shared
     recorder: Recorder | None = None  # of a registered version
 
-    @property
-    def reads(self) -> list[str]:
-        """What it reads of one ground: its sensors, and the later date as `second`."""
-        return [*self.bundle.sensors, *[SECOND] * (SECOND in self.task.parts)]
-
-    def bands(self, what: str) -> int:
-        """Of one of `reads`."""
-        first = next(iter(self.bundle.sensors))
-        return len(self.bundle.sensors[first if what == SECOND else what].bands)
-
     def about(self) -> dict[str, Any]:
         """What a client must know of it."""
-        first, *_ = self.bundle.sensors.items()
         return {
             "name": self.name,
             "task": self.task.name,
@@ -63,9 +58,8 @@ class Loaded:
             "image_size": int(self.bundle.meta["image_size"]),
             "classes": self.bundle.classes,
             "reads": [
-                {"name": what, "bands": list(sensor.bands), "dtype": sensor.dtype}
-                for what in self.reads
-                for sensor in [self.bundle.sensors.get(what, first[1])]
+                {"name": name, "bands": list(sensor.bands), "dtype": sensor.dtype}
+                for name, sensor in self.bundle.reads.items()
             ],
         }
 
@@ -75,8 +69,10 @@ class Slot:
 
     def __init__(self, name: str, ref: str) -> None:
         self.name, self.ref = name, ref
+        self.follows = "@" in ref and not is_folder(ref)
         self.current: Loaded | None = None
         self.failed: tuple[str, float] | None = None  # a version, and when it did not load
+        self.said: str | None = None  # what is wrong with the alias, and was told
 
     @property
     def loaded(self) -> Loaded:
@@ -88,15 +84,21 @@ class Models:
     """All models that are served, and the thread that follows their aliases."""
 
     def __init__(
-        self, workspace: Workspace, refs: Sequence[str], device: str, measures: Measures
+        self,
+        workspace: Workspace,
+        refs: Sequence[str],
+        device: str,
+        measures: Measures,
+        monitoring: Monitoring,
     ) -> None:
         self.workspace, self.device, self.measures = workspace, device, measures
+        self.monitoring = monitoring
         self.slots = {name: Slot(name, ref) for name, ref in _named(refs).items()}
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._silent = False
-        path = workspace.params_file
-        self.monitoring = Config.load(path).monitoring if path.is_file() else Monitoring(share=0)
+        # Those that took over from are kept by their own timers, as long as they have rows.
+        self._recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
     def load(self) -> None:
         """Load every model for the first time.
@@ -104,12 +106,17 @@ class Models:
         Raises:
             BadInput: one that cannot answer, and why. Unreachable: the registry does not answer.
         """
+        tracker = None
         for slot in self.slots.values():
-            self._take_over(slot, self._load(slot, self._wanted(slot)))
+            if not is_folder(slot.ref):
+                tracker = tracker or Tracker(self.workspace)
+            wanted = listing.resolve(self.workspace, slot.ref, tracker)
+            self._take_over(slot, self._load(slot, wanted, tracker))
+        self.measures.registry_answers.set(1)
 
     def follow(self, every_s: float) -> None:
         """Begin to follow the aliases."""
-        if not any("@" in slot.ref for slot in self.slots.values()):
+        if not any(slot.follows for slot in self.slots.values()):
             return
         self._thread = threading.Thread(
             target=self._follow, args=(every_s,), name="aliases", daemon=True
@@ -117,30 +124,57 @@ class Models:
         self._thread.start()
 
     def stop(self) -> None:
+        """No version takes over from here on."""
         self._end.set()
-        for slot in self.slots.values():
-            if slot.current is not None and slot.current.recorder is not None:
-                slot.current.recorder.close()
+
+    def close(self) -> None:
+        """Write what was recorded: once no model answers any more."""
+        for recorder in list(self._recorders):
+            recorder.close()
 
     def _follow(self, every_s: float) -> None:
         while not self._end.wait(every_s):
+            tracker = None
             for slot in self.slots.values():
-                if "@" in slot.ref and not self._end.is_set():
-                    self._look(slot)
+                if not slot.follows or self._end.is_set():
+                    continue
+                try:
+                    tracker = self._look(slot, tracker)
+                # With this thread nobody would follow the champions: whatever it is, it goes on.
+                except Exception as error:
+                    self._say(slot, f"{slot.ref}: {type(error).__name__}: {error}")
 
-    def _look(self, slot: Slot) -> None:
+    def _look(self, slot: Slot, tracker: Tracker | None) -> Tracker | None:
+        """Whether an alias has moved; if so, change over.
+
+        Args:
+            tracker: of this round; None: there is none yet.
+
+        Returns:
+            The round's; None: the registry does not answer.
+        """
+        wanted = None
         try:
-            wanted = self._wanted(slot)
-        except RingmoError as error:
+            tracker = tracker or Tracker(self.workspace)
+            wanted = listing.resolve(self.workspace, slot.ref, tracker)
+        except Unreachable as error:
             if not self._silent:
                 console.note(f"serve: {slot.ref}: {error}; {slot.loaded.version} goes on")
             self._silent = True
             self.measures.registry_answers.set(0)
-            return
+            return None
+        except BadInput as error:  # it answers, and the alias or the model is gone
+            self._say(slot, str(error))
         if self._silent:
             console.note("serve: the registry answers again")
         self._silent = False
         self.measures.registry_answers.set(1)
+        if wanted is not None:
+            self._follow_to(slot, wanted, tracker)
+            slot.said = None
+        return tracker
+
+    def _follow_to(self, slot: Slot, wanted: Version, tracker: Tracker | None) -> None:
         if str(wanted) == slot.loaded.version:
             slot.failed = None
             return
@@ -149,7 +183,7 @@ class Models:
             if version == str(wanted) and time.monotonic() - when < AGAIN_S:
                 return
         try:
-            new = self._load(slot, wanted)
+            new = self._load(slot, wanted, tracker)
         # Whatever is wrong with the new version: the old one answers.
         except Exception as error:
             slot.failed = (str(wanted), time.monotonic())
@@ -161,34 +195,29 @@ class Models:
             console.note(f"serve: {wanted} does not load ({line}); {slot.loaded.version} goes on")
             return
         slot.failed = None
-        self._take_over(slot, new)
+        if not self._end.is_set():
+            self._take_over(slot, new)
 
-    def _wanted(self, slot: Slot) -> Any:
-        """The version that the reference names now.
+    def _say(self, slot: Slot, what: str) -> None:
+        """A note, once while it is so."""
+        line = f"{(what.splitlines() or [''])[0][:300]}; {slot.loaded.version} goes on"
+        if line != slot.said:
+            console.note(f"serve: {line}")
+        slot.said = line
 
-        Raises:
-            BadInput: none. Unreachable: the registry does not answer.
-        """
-        from ringmo.registry import listing
-        from ringmo.registry.tracker import Tracker
-
-        if Path(slot.ref).is_dir():
-            return listing.of_folder(Path(slot.ref))
-        self._tracker = Tracker(self.workspace)
-        return listing.resolve(self.workspace, slot.ref, self._tracker)
-
-    def _load(self, slot: Slot, version: Any) -> Loaded:
+    def _load(self, slot: Slot, version: Version, tracker: Tracker | None) -> Loaded:
         """A version, in this process, tried.
+
+        Args:
+            tracker: where a registered version was found.
 
         Raises:
             BadInput: its files are gone or damaged, it is an encoder or for another task, or its
                 example's answer is another. Unreachable: its files cannot be fetched.
         """
-        from ringmo.registry import bundle as bundles
-        from ringmo.registry.register import open_bundle
-
         if version.run_id:
-            bundle = open_bundle(self._tracker, version)
+            assert tracker is not None
+            bundle = open_bundle(tracker, version)
         else:
             bundle = bundles.load(Path(version.source))
         task = bundle.task
@@ -204,7 +233,8 @@ class Models:
         loaded = Loaded(slot.name, name, bundle, task, hashed, shared)
         _warm(loaded)
         if version.run_id:
-            loaded.recorder = open_recorder(self.workspace, bundle, name, self.monitoring)
+            loaded.recorder = Recorder(self.workspace, bundle, name, self.monitoring)
+            self._recorders.add(loaded.recorder)
         return loaded
 
     def _encoder(self, hashed: str, bundle: Bundle) -> Shared:
@@ -252,8 +282,6 @@ def _named(refs: Sequence[str]) -> dict[str, str]:
 
 def _names(ref: str, number: int) -> tuple[str, str, str]:
     """From the shortest to one that no other has."""
-    from ringmo.registry.bundle import META, load_meta
-
     if (Path(ref) / META).is_file():
         own = Path(ref).resolve().name
         return load_meta(Path(ref))["kind"], own, f"{own}-{number}"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from ringmo import console
+from ringmo.config import Monitoring
 from ringmo.environment import SERVE_TOKEN
 from ringmo.errors import BadInput
 from ringmo.inference.server.app import LOOPBACK, Limits, Server, application
@@ -18,7 +20,7 @@ from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.models import Models
 from ringmo.workspace import Workspace
 
-GRACE_S = 5.0  # beyond a request's time, for those that are within when the server ends
+GRACE_S = 5.0  # beyond a request's time, which body and answer each may take
 
 
 class _Announcing(uvicorn.Server):
@@ -52,6 +54,7 @@ def serve(
     batch_size: int,
     poll_s: float,
     device: str,
+    monitoring: Monitoring,
 ) -> None:
     """Serve models until SIGTERM or SIGINT, then finish what was let in.
 
@@ -61,13 +64,17 @@ def serve(
     """
     if root is not None and not root.is_dir():
         raise BadInput(f"--root {root}: no such folder")
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError):
+        raise BadInput(f"--host {host}: no name or address that is known here") from None
     token = SERVE_TOKEN.read()
     if host not in LOOPBACK and token is None:
         console.note(
             f"serve: {host} is no loopback address, and anybody may ask: set {SERVE_TOKEN.name}"
         )
     measures = Measures()
-    models = Models(workspace, refs, device, measures)
+    models = Models(workspace, refs, device, measures, monitoring)
     models.load()
     server = Server(
         models, Engine(batch_size, measures), measures, limits, root.resolve() if root else None
@@ -79,7 +86,7 @@ def serve(
         log_level="error",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(limits.seconds + GRACE_S),
+        timeout_graceful_shutdown=int(2 * limits.seconds + GRACE_S),
     )
     running = _Announcing(config, models)
     # uvicorn raises the signal once more when all is done: then it has nothing to end.
@@ -89,10 +96,16 @@ def serve(
     try:
         running.run()
     except SystemExit:
-        raise BadInput(f"{host}:{port} cannot be had: is another server there? (--port)") from None
+        raise BadInput(
+            f"{host}:{port} cannot be had: is another server there (--port), or is it no address "
+            f"of this machine (--host)?"
+        ) from None
     finally:
         models.stop()
-    console.note("serve: ended; every request that was let in was answered")
+        models.close()
+    lost = f"{server.cut_off} of the requests that were let in were cut off"
+    every = "every request that was let in was answered"
+    console.note(f"serve: ended; {lost if server.cut_off else every}")
     if server.engine.alive:
         # A batch that nobody waits for still computes, and Python's own end would abort under it.
         sys.stdout.flush()

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,9 @@ from ringmo.models.backbone import Encoder
 if TYPE_CHECKING:
     from ringmo.registry.bundle import Bundle
 
-KEPT = 8  # batches of windows whose features are kept for the next model
+# Batches of windows whose features are kept for the next model. It begins with the first of them:
+# of an image with more windows none are kept.
+KEPT = 8
 
 
 class Shared:
@@ -29,11 +31,14 @@ class Shared:
         self._stages, self._forward = encoder.stages, encoder.forward
         self._of_thread = threading.local()
         self.spared = 0
+        # In place of its methods, so that whatever holds this very module asks here. mypy takes
+        # a method for what nobody assigns to.
         encoder.stages = self.stages  # type: ignore[method-assign]
         encoder.forward = self.forward  # type: ignore[method-assign]
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
+        """While models of this encoder answer one after the other for the same images."""
         self._of_thread.kept = []
         try:
             yield
@@ -49,8 +54,10 @@ class Shared:
                 self.spared += len(next(iter(images.values())))
                 return list(features)
         features = self._stages(images)
-        kept.append((dict(images), features))
-        del kept[:-KEPT]
+        if len(kept) == KEPT:
+            self._of_thread.kept = None
+        else:
+            kept.append((dict(images), features))
         return list(features)
 
     def forward(self, images: Tensor | Mapping[str, Tensor], sensor: str | None = None) -> Tensor:
@@ -62,16 +69,6 @@ class Shared:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
-
-
-@contextlib.contextmanager
-def together(encoders: Sequence[Shared]) -> Iterator[None]:
-    """While the models of these encoders, which are one, answer for the same images."""
-    if len(encoders) == 1:
-        yield
-        return
-    with encoders[0].keeping():
-        yield
 
 
 def encoder_hash(bundle: "Bundle") -> str:
