@@ -22,7 +22,7 @@ from ringmo import console, services
 from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
-from ringmo.process_group import end_all, run_group
+from ringmo.process_group import GroupEnded, begin, end_all, run_group
 from ringmo.registry.forward import Forwarder
 from ringmo.stage import Report, forget_checkpoints
 from ringmo.workspace import Workspace
@@ -40,8 +40,11 @@ class StageFailed(Exception):
 
 
 def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """A crash is retried; a refusal or bad input would only be refused again."""
+    """A crash is retried; a refusal or bad input would only be refused again, and what was ended
+    with the whole run is not begun once more."""
     error = state.result(raise_on_failure=False)
+    if isinstance(error, GroupEnded):
+        return False
     return error.retry if isinstance(error, StageFailed) else True
 
 
@@ -221,6 +224,7 @@ def together(calls: Sequence[Call], slots: int) -> Iterator[tuple[str, State[Any
     Raises:
         StageFailed: the first that failed, when all have ended.
     """
+    begin()
     failed: BaseException | None = None
     waiting = [(name, _begun(calls, i, slots)) for i, (name, _, _) in enumerate(calls)]
     try:

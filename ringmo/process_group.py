@@ -14,6 +14,11 @@ from typing import IO
 POLL_S = 0.1
 _running: dict[int, float] = {}  # group → its grace period, seconds
 _lock = threading.Lock()
+_ending = threading.Event()
+
+
+class GroupEnded(Exception):
+    """All groups were told to end: this one was not started, or did not end by itself."""
 
 
 def run_group(
@@ -32,21 +37,26 @@ def run_group(
 
     On a terminal the command draws its progress there; elsewhere `follow` hears its lines too.
     `started` is told the process number, which is the group's too.
+
+    Raises:
+        GroupEnded: `end_all` was called, before it began or while it ran.
     """
     piped = follow is not None and not sys.stderr.isatty()
     # Standard output is kept for results: what a child says is progress.
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if piped else sys.stderr.fileno(),
-        stderr=subprocess.STDOUT if piped else None,
-        start_new_session=True,
-    )
-    reader = threading.Thread(target=_read, args=(process.stdout, follow), daemon=True)
-    with _lock:
+    with _lock:  # what is not in the list when all are ended is not started afterwards
+        if _ending.is_set():
+            raise GroupEnded
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if piped else sys.stderr.fileno(),
+            stderr=subprocess.STDOUT if piped else None,
+            start_new_session=True,
+        )
         _running[process.pid] = grace_s
+    reader = threading.Thread(target=_read, args=(process.stdout, follow), daemon=True)
     try:
         if started is not None:
             started(process.pid)
@@ -61,12 +71,23 @@ def run_group(
             del _running[process.pid]
     if piped:
         reader.join(10)
+    if status and _ending.is_set():
+        raise GroupEnded
     return status
 
 
+def begin() -> None:
+    """Groups may be started again, after `end_all`."""
+    _ending.clear()
+
+
 def end_all() -> None:
-    """End the groups that other threads wait for, side by side, each within its grace period."""
+    """End the groups that other threads wait for, side by side, each within its grace period.
+
+    None is started any more until `begin`.
+    """
     with _lock:
+        _ending.set()
         running = dict(_running)
     enders = [threading.Thread(target=end_group, args=group) for group in running.items()]
     for ender in enders:

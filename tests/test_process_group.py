@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ringmo.process_group import end_group, run_group
+from ringmo.process_group import GroupEnded, begin, end_all, end_group, run_group
 
 # A parent that dies of SIGTERM at once, as DVC does, and a child that first saves for a second.
 CHILD = """
@@ -90,3 +90,27 @@ def test_an_interrupted_wait_ends_the_group(tmp_path: Path) -> None:
 def test_the_exit_status_is_the_command_s(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     assert run_group(command, tmp_path, dict(os.environ), 1) == 7
+
+
+def test_once_all_are_ended_none_begins(tmp_path: Path) -> None:
+    """Neither one that waits in another thread, nor a second try of one that was ended."""
+    saved, told = tmp_path / "saved", []
+    command = [sys.executable, "-c", CHILD, str(saved)]
+
+    def wait() -> None:
+        for _ in range(2):
+            try:
+                told.append(run_group(command, tmp_path, dict(os.environ), 15))
+            except GroupEnded:
+                told.append("ended")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_for(tmp_path / "saved.up")
+    try:
+        end_all()
+        thread.join(20)
+        assert told == ["ended", "ended"] and saved.read_text() == "saved"
+    finally:
+        begin()
+    assert run_group([sys.executable, "-c", ""], tmp_path, dict(os.environ), 1) == 0
