@@ -255,7 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
     serve.add_argument(
-        "--root", metavar="DIR", help="scenes below it may be named in place of an image"
+        "--root",
+        metavar="DIR",
+        help="scenes below this folder, or s3://BUCKET/PREFIX, may be named in place of an image",
     )
     serve.add_argument("--device", default="auto", help="cuda, cpu; default: a GPU where one is")
     for name, default, text in (
@@ -823,6 +825,8 @@ def _predict(arguments: Arguments) -> int:
 
 
 def _serve(arguments: Arguments) -> None:
+    from ringmo.data.buckets import Bucket
+    from ringmo.inference import given
     from ringmo.inference.server import running
     from ringmo.inference.server.app import Limits
 
@@ -832,12 +836,15 @@ def _serve(arguments: Arguments) -> None:
     if not 0 <= arguments.port < 2**16:
         raise BadInput(f"--port {arguments.port}: from 0 to {2**16 - 1}")
     config, workspace = _open(arguments)
+    root: Path | Bucket | None = Path(arguments.root) if arguments.root else None
+    if (arguments.root or "").startswith(given.S3):
+        root = Bucket(arguments.root, config.ingest.endpoint)
     running.serve(
         workspace,
         arguments.model or ["scene@champion"],
         host=arguments.host,
         port=arguments.port,
-        root=Path(arguments.root) if arguments.root else None,
+        root=root,
         limits=Limits(
             arguments.queue, arguments.max_body, arguments.max_side, arguments.time_limit
         ),

@@ -5,6 +5,7 @@ Credentials come from the environment, as with all of Amazon's tools.
 """
 
 import hashlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ class Bucket:
     def __reduce__(self) -> tuple[Any, ...]:
         # A connection stays in its process; a worker has one for all images of a bucket.
         return _known, (self.url, self.endpoint)
+
+    def __str__(self) -> str:
+        return self.url.rstrip("/")
 
     @property
     def name(self) -> str:
@@ -108,6 +112,35 @@ class Bucket:
             time.sleep(pause)
             pause *= 2
 
+    def opened(self, path: str) -> "OpenObject | None":
+        """An object, of which what is read is brought; None: there is none of this very key.
+
+        Raises:
+            BadInput, Unreachable: as with `objects`.
+        """
+        from botocore.exceptions import ClientError
+
+        try:
+            with self._errors():
+                found = self._client.head_object(Bucket=self.name, Key=self.prefix + path)
+        except BadInput as error:
+            cause = error.__cause__
+            if isinstance(cause, ClientError) and _code(cause) in NOT_THERE:
+                return None
+            raise
+        return OpenObject(self, path, int(found["ContentLength"]), found["ETag"])
+
+    def part(self, path: str, start: int, end: int, mark: str) -> bytes:
+        """Bytes [start, end) of the object with this ETag.
+
+        Raises:
+            BadInput, Unreachable: as with `objects`; it is another object by now.
+        """
+        wanted = {"Bucket": self.name, "Key": self.prefix + path, "IfMatch": mark}
+        with self._errors():
+            answer = self._client.get_object(**wanted, Range=f"bytes={start}-{end - 1}")
+            return bytes(answer["Body"].read())
+
     @cached_property
     def _client(self) -> Any:
         import boto3
@@ -162,6 +195,42 @@ class Bucket:
             raise Unreachable(f"{where}: {said} (tried {TRIES} times)") from error
         except (BotoCoreError, ValueError) as error:
             raise BadInput(f"{where}: {' '.join(str(error).split())[:160]}") from error
+
+
+class OpenObject(io.RawIOBase):
+    """An object as a file that is read from; `failure` is why a part of it could not be had."""
+
+    def __init__(self, bucket: Bucket, path: str, size: int, mark: str) -> None:
+        self.bucket, self.path, self.size, self.mark = bucket, path, size, mark
+        self.at = 0
+        self.failure: RingmoError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.size, self.at + len(buffer))
+        if end <= self.at:
+            return 0
+        try:
+            data = self.bucket.part(self.path, self.at, end, self.mark)
+        except RingmoError as error:
+            # Whoever reads through a C library hears no exception.
+            self.failure = error
+            raise OSError(5, str(error)) from error
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 @lru_cache(maxsize=256)

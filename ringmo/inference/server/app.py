@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect
 
 import ringmo
 from ringmo import console
+from ringmo.data.buckets import Bucket
 from ringmo.errors import BadInput
 from ringmo.inference.server import formats, images
 from ringmo.inference.server.batching import Engine
@@ -68,7 +69,7 @@ class Limits:
 
 
 class SceneOf(BaseModel):
-    """A scene below the server's folder (`--root`); without a window all of it."""
+    """A scene below the server's folder or prefix (`--root`); without a window all of it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -127,7 +128,12 @@ class Server:
     """What the routes share."""
 
     def __init__(
-        self, models: Models, engine: Engine, measures: Measures, limits: Limits, root: Path | None
+        self,
+        models: Models,
+        engine: Engine,
+        measures: Measures,
+        limits: Limits,
+        root: Path | Bucket | None,
     ) -> None:
         self.models, self.engine, self.measures = models, engine, measures
         self.limits, self.root = limits, root
@@ -282,7 +288,7 @@ class Server:
         """For the sample of production: the scene and its window, or a name of its own."""
         if isinstance(one, bytes) or self.root is None:
             return uuid.uuid4().hex
-        path, window = str(self.root / one.path), one.window
+        path, window = f"{self.root}/{one.path}", one.window
         if window is None:
             return path
         return f"{path}{WINDOW}{window.col},{window.row},{window.width},{window.height}"

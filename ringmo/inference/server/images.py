@@ -2,10 +2,14 @@
 
 A body is JPEG, PNG or TIFF by its first bytes, and is opened from memory by that format's driver
 alone: no VRT, no prefix of GDAL's, no side file, nothing that lies elsewhere. A reference is the
-path of a file below the one folder that the server was given, after all links are followed, and is
-opened by the same drivers. Sides and bands are checked in the header.
+path of a file below the one folder that the server was given, after all links are followed, or the
+key of an object below the one prefix; it is opened by the same drivers. Sides and bands are checked
+in the header.
 """
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ringmo.data import decode, scenes
-from ringmo.errors import BadInput, RingmoError
+from ringmo.data.buckets import Bucket
+from ringmo.errors import BadInput, RingmoError, Unreachable
+
+PART = 1 << 18  # bytes of an object that are brought at once
 
 
 class Refused(RingmoError):
@@ -75,13 +82,24 @@ def from_body(data: bytes, bands: int, max_side: int) -> Picture:
     return Picture(decode.decode(data))
 
 
-def from_scene(root: Path, name: str, place: Place | None, bands: int, max_side: int) -> Picture:
+def from_scene(
+    root: Path | Bucket, name: str, place: Place | None, bands: int, max_side: int
+) -> Picture:
     """A window of a scene below `root`; None: all of it.
 
     Raises:
-        Refused: outside of `root`, no such file, no image, too large, or not in the scene.
+        Refused: outside of `root`, no such file, no image, too large, or not in the scene; the
+            bucket does not answer.
         BadInput: damaged, of other bands, or without data.
     """
+    with (
+        _opened_there(root, name) if isinstance(root, Bucket) else _opened_here(root, name) as file
+    ):
+        return _window(file, place, bands, max_side)
+
+
+@contextmanager
+def _opened_here(root: Path, name: str) -> Iterator[Any]:
     path = _below(root, name)
     try:
         with path.open("rb") as head:
@@ -89,9 +107,44 @@ def from_scene(root: Path, name: str, place: Place | None, bands: int, max_side:
     except OSError as error:
         raise Refused(404, f"{name}: {error.strerror}") from None
     if form is None:
-        raise Refused(415, f"{name}: not an image: JPEG, PNG and TIFF are read")
+        raise _no_image(name)
     with scenes.opened(path) as file:
-        return _window(file, place, bands, max_side)
+        yield file
+
+
+@contextmanager
+def _opened_there(root: Bucket, name: str) -> Iterator[Any]:
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    odd = not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/"))
+    try:
+        found = None if odd else root.opened(name)
+        if found is None:
+            raise Refused(404, f"{name[:200]!r}: no such object below the server's prefix")
+        parts = io.BufferedReader(found, PART)
+        form = decode.kind(parts.read(16))
+    except (BadInput, Unreachable) as error:
+        raise Refused(502, str(error)) from None
+    except OSError:
+        raise Refused(502, str(found and found.failure)) from None
+    if form is None:
+        raise _no_image(name)
+    parts.seek(0)
+    decode.expect_no_coordinates()
+    with rasterio.Env(**scenes.GDAL):
+        try:
+            with rasterio.open(parts, driver=scenes.DRIVERS[form]) as file:
+                yield file
+        except (RasterioError, MemoryError) as error:
+            if found.failure:
+                raise Refused(502, str(found.failure)) from None
+            text = str(error.__cause__ or error).split("\n")[0]
+            raise BadInput(f"{name}: damaged image: {text[:120]}") from None
+
+
+def _no_image(name: str) -> Refused:
+    return Refused(415, f"{name}: not an image: JPEG, PNG and TIFF are read")
 
 
 def _below(root: Path, name: str) -> Path:

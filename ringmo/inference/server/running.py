@@ -12,6 +12,7 @@ import uvicorn
 
 from ringmo import console
 from ringmo.config import Monitoring
+from ringmo.data.buckets import Bucket
 from ringmo.environment import SERVE_TOKEN
 from ringmo.errors import BadInput
 from ringmo.inference.server.app import LOOPBACK, Limits, Server, application
@@ -49,7 +50,7 @@ def serve(
     *,
     host: str,
     port: int,
-    root: Path | None,
+    root: Path | Bucket | None,
     limits: Limits,
     batch_size: int,
     poll_s: float,
@@ -62,7 +63,9 @@ def serve(
         BadInput: a model that cannot answer, no folder, or an address that cannot be had.
         Unreachable: the registry does not answer.
     """
-    if root is not None and not root.is_dir():
+    if isinstance(root, Bucket):
+        next(root.objects(), None)  # no such bucket, no credentials: said now
+    elif root is not None and not root.is_dir():
         raise BadInput(f"--root {root}: no such folder")
     try:
         socket.getaddrinfo(host, port)
@@ -76,9 +79,8 @@ def serve(
     measures = Measures()
     models = Models(workspace, refs, device, measures, monitoring)
     models.load()
-    server = Server(
-        models, Engine(batch_size, measures), measures, limits, root.resolve() if root else None
-    )
+    folder = root.resolve() if isinstance(root, Path) else root
+    server = Server(models, Engine(batch_size, measures), measures, limits, folder)
     config = uvicorn.Config(
         application(server, token, host),
         host=host,
