@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ringmo.tasks.base import spans
 from ringmo.tasks.objects import Found, ObjectTask
@@ -15,60 +14,39 @@ from ringmo.tasks.objects import Found, ObjectTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER = 2000  # boxes that are held against each other at a time, at least
-LOOKED_UP = 20_000  # boxes, whose neighbours are in memory at a time
+LOOKED_UP, COMPARED = 2000, 200_000  # boxes, and pairs of them, that are in memory at a time
 
 
 def merged(task: ObjectTask, corners: "Tensor", scores: "Tensor", labels: "Tensor") -> Found:
     """What stays when double boxes of a class go, by falling score: as the task does it.
 
-    Boxes that do not touch have nothing to do with each other. So boxes are parted into groups
-    that nothing joins, and each is treated alone: exact, and not a matter of all pairs.
+    Only what touches is compared, so that it is not a matter of all pairs, however many boxes a
+    scene has and however they lie.
 
     Args:
         corners: float64 (n, 4, 2), in pixels of the scene.
     """
-    if not len(scores):
-        return Found(corners.float(), scores, labels, 0)
-    group = torch.from_numpy(_groups(spans(corners).numpy()))
-    order = group.argsort(stable=True)
-    sizes = torch.bincount(group)
-    kept = []
-    first, ends = 0, sizes.cumsum(0).tolist()
-    for i, end in enumerate(ends):
-        if end - first < TOGETHER and i + 1 < len(ends):
-            continue
-        some = order[first:end]
-        first = end
-        # In float32 far from the corner of a large scene an eighth of a pixel is lost.
-        origin = corners[some].reshape(-1, 2).amin(0)
-        near = Found((corners[some] - origin).float(), scores[some], labels[some], 0)
-        kept.append(some[task.single(near)])
-    which = torch.cat(kept)
-    which = which[scores[which].argsort(descending=True, stable=True)]
-    return Found(corners[which], scores[which], labels[which], 0)
-
-
-def _groups(boxes: NDArray[np.float64]) -> NDArray[np.int64]:
-    """A number for each of upright boxes (n, 4): the same for those that touch, and for all that
-    are joined by such. Neighbours get neighbouring numbers."""
     import shapely
 
-    from ringmo.data.grouping import join
+    from ringmo.models import rotated
 
-    shapes = shapely.box(*boxes.T)
-    tree, count = shapely.STRtree(shapes), len(boxes)
-    number = np.arange(count)
-    for start in range(0, count, LOOKED_UP):
-        one, other = tree.query(shapes[start : start + LOOKED_UP])
-        number, _ = join(number, np.stack([one + start, other], 1))
-    # Groups far apart in one call would be held against each other; in rows they seldom are.
-    top = np.full(number.max() + 1, np.inf)
-    np.minimum.at(top, number, boxes[:, 1])
-    rank = np.empty(len(top), np.int64)
-    rank[np.argsort(top, kind="stable")] = np.arange(len(top))
-    ranked: NDArray[np.int64] = rank[number]
-    return ranked
+    order = scores.argsort(descending=True, stable=True)
+    found = Found(corners[order], scores[order], labels[order], 0)
+    boxes = spans(found.corners)
+    shapes = shapely.box(*boxes.numpy().T)
+    tree, pairs = shapely.STRtree(shapes), [torch.zeros((2, 0), dtype=torch.int64)]
+    for start in range(0, len(order), LOOKED_UP):
+        touching = torch.from_numpy(tree.query(shapes[start : start + LOOKED_UP]))
+        touching[0] += start
+        better, worse = touching
+        touching = touching[:, (better < worse) & (found.labels[better] == found.labels[worse])]
+        for some in torch.split(touching, COMPARED, 1):
+            # In float32 far from the corner of a large scene an eighth of a pixel is lost.
+            origin = boxes[some[0], None, :2]
+            one, other = ((found.corners[each] - origin).float() for each in some)
+            pairs.append(some[:, task.paired_overlap(one, other) > task.double])
+    better, worse = torch.cat(pairs, 1)
+    return found.taken(rotated.greedy(better, worse, len(order)))
 
 
 def write(

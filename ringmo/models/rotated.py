@@ -125,10 +125,10 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, labels: Tensor | None =
     boxes = boxes[order]
     better, worse = _near(boxes, boxes, None if labels is None else labels[order], threshold)
     over = paired_iou(boxes[better], boxes[worse]) > threshold
-    return order[_greedy(better[over], worse[over], len(boxes))]
+    return order[greedy(better[over], worse[over], len(boxes))]
 
 
-def _greedy(better: Tensor, worse: Tensor, count: int) -> Tensor:
+def greedy(better: Tensor, worse: Tensor, count: int) -> Tensor:
     """Which of `count` boxes no box that stays removes; pairs say who would remove whom.
 
     Whether a box stays is settled once it is for all better ones that overlap it. So each turn

@@ -47,10 +47,20 @@ class Detection(ObjectTask):
         overlap: Tensor = box_iou(spans(first), spans(second))
         return overlap
 
+    @property
+    def double(self) -> float:
+        return OVERLAP
+
+    def paired_overlap(self, first: Tensor, second: Tensor) -> Tensor:
+        one, other = spans(first), spans(second)
+        low, high = torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])
+        both = (high - low).clamp(min=0).prod(1)
+        return both / (self.areas(first) + self.areas(second) - both)
+
     def single(self, found: Found) -> Tensor:
         from torchvision.ops import batched_nms
 
-        kept: Tensor = batched_nms(found.boxes, found.scores, found.labels, OVERLAP)
+        kept: Tensor = batched_nms(found.boxes, found.scores, found.labels, self.double)
         return kept
 
     def areas(self, corners: Tensor) -> Tensor:

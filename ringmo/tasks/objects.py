@@ -78,6 +78,15 @@ class ObjectTask(Task):
     def overlap(self, first: Tensor, second: Tensor) -> Tensor:
         """Of corners (n, 4, 2) and (m, 4, 2), intersection over union: (n, m)."""
 
+    @property
+    @abstractmethod
+    def double(self) -> float:
+        """Overlap beyond which two answers of a class are one."""
+
+    @abstractmethod
+    def paired_overlap(self, first: Tensor, second: Tensor) -> Tensor:
+        """Of each of corners (n, 4, 2) with its partner, intersection over union: (n,)."""
+
     @abstractmethod
     def single(self, found: Found) -> Tensor:
         """Which objects stay when double ones of a class go: int64, by falling score."""

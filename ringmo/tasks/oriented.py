@@ -53,11 +53,21 @@ class Oriented(ObjectTask):
 
         return pairwise_iou(from_corners(first), from_corners(second))
 
-    def single(self, found: Found) -> Tensor:
+    @property
+    def double(self) -> float:
         from ringmo.models.oriented import OVERLAP
+
+        return OVERLAP
+
+    def paired_overlap(self, first: Tensor, second: Tensor) -> Tensor:
+        from ringmo.models.rotated import from_corners, paired_iou
+
+        return paired_iou(from_corners(first), from_corners(second))
+
+    def single(self, found: Found) -> Tensor:
         from ringmo.models.rotated import from_corners, nms
 
-        return nms(from_corners(found.corners), found.scores, OVERLAP, found.labels)
+        return nms(from_corners(found.corners), found.scores, self.double, found.labels)
 
     def areas(self, corners: Tensor) -> Tensor:
         from ringmo.models.rotated import from_corners

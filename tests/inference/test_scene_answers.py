@@ -288,14 +288,14 @@ def test_objects_are_found_once_and_whole(tmp_path: Path, monkeypatch: Any, side
     assert kept["RINGMO_MODEL"] == "detection/7" and kept["RINGMO_RUN"] == "f00d"
 
 
-def test_merging_by_groups_is_merging_all_at_once(monkeypatch: Any) -> None:
+def test_merging_what_touches_is_merging_all_at_once(monkeypatch: Any) -> None:
     from ringmo.inference import scene_boxes
     from ringmo.models import rotated
     from ringmo.tasks.base import spans
     from ringmo.tasks.objects import Found
 
-    monkeypatch.setattr(scene_boxes, "TOGETHER", 20)
     monkeypatch.setattr(scene_boxes, "LOOKED_UP", 50)
+    monkeypatch.setattr(scene_boxes, "COMPARED", 20)
     dice = torch.Generator().manual_seed(2)
     middle = torch.rand((300, 2), generator=dice) * 400
     sides = torch.rand((300, 2), generator=dice) * 30 + 5
@@ -312,6 +312,7 @@ def test_merging_by_groups_is_merging_all_at_once(monkeypatch: Any) -> None:
         kept = task.single(Found(upright, scores, labels, 0))
         found = scene_boxes.merged(task, upright.double(), scores, labels)
         assert torch.equal(found.scores, scores[kept]) and 10 < len(kept) < 300
+    assert not len(scene_boxes.merged(task, upright[:0].double(), scores[:0], labels[:0]).scores)
 
 
 def test_a_scene_model_says_what_each_window_shows(tmp_path: Path, monkeypatch: Any) -> None:
