@@ -4,13 +4,12 @@ Blocks go into a tiled file first, then GDAL's COG driver copies it with overvie
 scene in tiles; parts without an answer take no space in either.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,13 +169,31 @@ def _written(target: Path) -> Any:
 
 
 def _name_classes(target: Path, classes: Sequence[str], scratch: Path) -> None:
-    """GDAL's own names of values, which QGIS puts into the legend. A TIFF has no place for them:
-    GDAL keeps them beside it."""
+    """Names of the values beside a TIFF, which has no place for them: GDAL's own, and a QGIS style,
+    without which its legend lists all 256 values that a TIFF's palette has."""
+    from ringmo.tasks.dense import colour
+
     names = "".join(f"<Category>{escape(name)}</Category>" for name in classes)
-    text = (
+    _put_beside(
+        target.with_name(f"{target.name}.aux.xml"),
         f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames>'
-        f"</PAMRasterBand></PAMDataset>\n"
+        f"</PAMRasterBand></PAMDataset>\n",
+        scratch,
     )
-    temporary = scratch / f"{target.name}.aux.xml"
+    entries = "".join(
+        f'<paletteEntry value="{i}" color="#{bytes(colour(i)).hex()}" alpha="255" '
+        f"label={quoteattr(name)}/>"
+        for i, name in enumerate(classes)
+    )
+    _put_beside(
+        target.with_suffix(".qml"),
+        f'<!DOCTYPE qgis>\n<qgis><pipe><rasterrenderer type="paletted" band="1" opacity="1">'
+        f"<colorPalette>{entries}</colorPalette></rasterrenderer></pipe></qgis>\n",
+        scratch,
+    )
+
+
+def _put_beside(target: Path, text: str, scratch: Path) -> None:
+    temporary = scratch / target.name
     temporary.write_text(text)
-    os.replace(temporary, target.with_name(f"{target.name}.aux.xml"))  # noqa: PTH105
+    temporary.replace(target)

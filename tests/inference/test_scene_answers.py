@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pixelwise
@@ -173,6 +174,9 @@ def test_what_is_delivered_explains_itself(tmp_path: Path) -> None:
     assert json.loads(tags["RINGMO_PARAMETERS"])["resize"] == 32
     names = (tmp_path / "s.mask.tif.aux.xml").read_text()
     assert "<Category>town &amp; road</Category>" in names
+    legend = ElementTree.parse(tmp_path / "s.mask.qml").iter("paletteEntry")
+    told = [(one.get("value"), one.get("color"), one.get("label")) for one in legend]
+    assert told[1:] == [("1", "#e69f00", "field"), ("2", "#56b4e9", "town & road")]
     item = json.loads((tmp_path / "s.stac.json").read_text())
     check_item(item, tmp_path)
     assert item["properties"]["datetime"] == "2024-05-01T10:20:30Z"
