@@ -6,6 +6,7 @@ a restart and no process of ours has to live for it:
 - a flow that gives no sign of life for SILENCE_S is Crashed, and gives back the slot that it held;
 - a crashed run of a deployment is begun again, TRIES times in all, by the next worker that is free.
   What was done is not done again, and a training goes on from its checkpoint;
+- a run that was to be cancelled and whose worker is gone is Cancelled after CANCEL_S;
 - a run that a worker took and did not start within START_S is given to the next one.
 
 A run that was declared dead and was not (a machine that slept, a server that was away) holds the
@@ -30,7 +31,14 @@ FLOWS = ["retrain", "ringmo-drift"]
 SILENCE_S = 120
 START_S = 600
 TRIES = 3
-ENDED = ("Completed", "Failed", "Cancelled", "Crashed")
+CANCEL_S = 90  # less than SILENCE_S: what was to be cancelled is not begun again
+ENDED = {
+    f"prefect.flow-run.{state}"
+    for state in (
+        *("Completed", "Unchanged", "Refused", "Failed", "Cancelled", "Crashed"),
+        *("Suspended", "Paused", "AwaitingRetry"),  # and it need not give a sign of life
+    )
+}
 
 
 def ensure() -> None:
@@ -63,7 +71,7 @@ def automations() -> list[AutomationCore]:
                 match=runs,
                 **of_run,
                 after={beat},
-                expect={beat, *(f"prefect.flow-run.{state}" for state in ENDED)},
+                expect={beat, *ENDED},
                 posture=Posture.Proactive,
                 threshold=1,
                 within=timedelta(seconds=SILENCE_S),
@@ -94,6 +102,27 @@ def automations() -> list[AutomationCore]:
                 within=timedelta(0),
             ),
             actions=[again("crashed: begun again")],
+        ),
+        AutomationCore(
+            name="ringmo: a run that nobody is left to cancel is cancelled",
+            description=f"It was to be cancelled, and had not ended after {CANCEL_S} s",
+            trigger=EventTrigger(
+                match=runs,
+                **of_run,
+                after={"prefect.flow-run.Cancelling"},
+                expect=ENDED,
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=CANCEL_S),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CANCELLED,
+                    name="Cancelled",
+                    message="nobody was left to end it",
+                    force=False,
+                )
+            ],
         ),
         AutomationCore(
             name="ringmo: a run that no worker started is given away again",
