@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_rig import Rig
-from fault_run import FAULTS, STAGES, Cell, Run
+from fault_run import CLOCKS, FAULTS, FULL, STAGES, Cell, Run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("cells.jsonl")
@@ -70,7 +70,7 @@ def reference(rig: Rig, folder: Path) -> dict[str, Any]:
 def chain(rig: Rig, folder: Path, fault: str, stages: list[str], expected: Any) -> list[str]:
     """One run, disturbed at each of the stages; returns those that it did not get to."""
     name = f"{fault}-{time.time():.0f}".replace(" ", "-")
-    run = Run(rig, folder / name, name)
+    run = Run(rig, folder / name, name, small=200 if fault == FULL else 0)
     run.begin()
     cells: list[Cell] = []
     left = list(stages)
@@ -94,6 +94,7 @@ def chain(rig: Rig, folder: Path, fault: str, stages: list[str], expected: Any) 
     for cell in cells:
         cell.wrong += [what for what in wrong if what not in cell.wrong]
         keep(cell, run.resumed())
+    run.remove()
     return left
 
 
@@ -158,13 +159,20 @@ def main() -> None:
         return write()
     folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
     print(f"logs and workspaces: {folder}", flush=True)
-    rig = Rig(folder / "rig")
+    for false_clock in (False, True):
+        some = {f: stages for f, stages in todo.items() if stages and (f in CLOCKS) == false_clock}
+        if some:
+            fill(folder / ("clock" if false_clock else "clear"), some, asked.alone, false_clock)
+
+
+def fill(folder: Path, todo: dict[str, list[str]], alone: bool, false_clock: bool) -> None:
+    rig = Rig(folder / "rig", false_clock)
     try:
         rig.start()
         expected = reference(rig, folder)
         for fault, stages in todo.items():
             while stages:
-                many = 1 if asked.alone else A_CHAIN.get(fault, len(stages))
+                many = 1 if alone else A_CHAIN.get(fault, len(stages))
                 stages = [*chain(rig, folder, fault, stages[:many], expected), *stages[many:]]
                 write()
     finally:

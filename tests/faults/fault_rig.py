@@ -26,10 +26,15 @@ LIMIT_S = 180
 
 
 class Rig:
-    """Everything that a chain needs but its workspace. folder: logs and what the servers keep."""
+    """Everything that a chain needs but its workspace.
 
-    def __init__(self, folder: Path) -> None:
+    folder: logs and what the servers keep. false_clock: the worker, and all it starts, can be told
+    a wrong time (`set_clock`); needs Debian's libfaketime.
+    """
+
+    def __init__(self, folder: Path, false_clock: bool = False) -> None:
         self.folder = folder
+        self.false_clock = false_clock
         folder.mkdir(parents=True, exist_ok=True)
         self.postgres, self.s3 = Postgres(), S3(folder / "s3")
         self.port = free_port()
@@ -117,6 +122,10 @@ class Rig:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
+    def set_clock(self, ahead_s: int) -> None:
+        """By so much the worker's machine is ahead from now on."""
+        (self.folder / "clock").write_text(f"{ahead_s:+d}\n")
+
     # What Prefect's server says
 
     def api(self, path: str, body: Any = None) -> Any:
@@ -168,10 +177,20 @@ class Rig:
         )
 
     def _start_worker(self) -> None:
+        false = {}
+        if self.false_clock:
+            self.set_clock(0)
+            library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+            false = {
+                "LD_PRELOAD": str(library),
+                "FAKETIME_TIMESTAMP_FILE": str(self.folder / "clock"),
+                "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
         self._start(
             "worker",
             ["prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"],
-            self.environment,
+            self.environment | false,
         )
 
     def _answers(self) -> None:

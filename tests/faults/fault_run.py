@@ -33,7 +33,11 @@ OURS = ("stage", "flow")
 # `machine`: worker, flow and stage at once, as when the power fails; the worker comes back.
 KILLS = tuple(f"kill {name}" for name in (*OURS, *SERVICES, "machine"))
 PAUSES = tuple(f"pause {name}" for name in (*OURS, *SERVICES))
-FAULTS = (*KILLS, *PAUSES)
+# No byte is left where the workspace lies; once the run has ended there is room, and one begins.
+FULL = "full disk"
+# Of the worker's machine: it is wrong until the next stage, and then right again.
+CLOCKS = {"clock 2 h ahead": 7200, "clock 2 h back": -7200}
+FAULTS = (*KILLS, *PAUSES, FULL, *CLOCKS)
 PAUSE_S = 60.0
 LASTS = {  # long enough to be hit in the middle, and to save on the way
     "pretrain.epochs": 30,
@@ -67,11 +71,20 @@ class Cell:
 
 
 class Run:
-    """A workspace of its own on a rig, deployed; `begin` starts the chain."""
+    """A workspace of its own on a rig, deployed; `begin` starts the chain.
 
-    def __init__(self, rig: Rig, folder: Path, remote: str) -> None:
+    small: its disk has so many megabytes (a file system of its own, which root alone can mount).
+    """
+
+    def __init__(self, rig: Rig, folder: Path, remote: str, small: int = 0) -> None:
         self.rig = rig
-        self.place: Workspace = init(folder / "workspace")
+        self.flow_runs: list[str] = []
+        self.disk = folder / "disk"
+        self.disk.mkdir(parents=True)
+        if small:
+            size = f"size={small}m"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", self.disk], check=True)
+        self.place: Workspace = init(self.disk / "workspace")
         places = {
             "ingest.sources": [str(write_class_folders(folder / "in", 16))],
             "versioning.remote": f"s3://bucket/{remote}",
@@ -94,9 +107,15 @@ class Run:
         self.deployment: str = row["url"].rpartition("/")[2]
 
     def begin(self) -> None:
-        self._watcher.start()
+        if not self._watcher.is_alive():
+            self._watcher.start()
         made = self.rig.api(f"deployments/{self.deployment}/create_flow_run", {})
-        self.flow_run: str = made["id"]
+        self.flow_runs.append(made["id"])
+
+    @property
+    def flow_run(self) -> str:
+        """The last one that was begun."""
+        return self.flow_runs[-1]
 
     def state(self) -> dict[str, Any]:
         """type, name and message, as Prefect's server has them."""
@@ -107,6 +126,10 @@ class Run:
         """Wait until a stage is in the middle of its work, and apply a fault to it."""
         cell = Cell(fault, stage)
         pid = self._middle(stage)
+        if fault == FULL:
+            return self._filled(cell)
+        if fault in CLOCKS:
+            return self._misled(cell, pid)
         verb, _, whom = fault.partition(" ")
         number = signal.SIGKILL if verb == "kill" else signal.SIGSTOP
         began, flow = time.time(), self.flow()
@@ -143,6 +166,34 @@ class Run:
             cell.outcome = "the stage was tried again"
         else:
             cell.outcome = "went on"
+        return cell
+
+    def _filled(self, cell: Cell) -> Cell:
+        began, ballast = time.time(), self.disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+        state = wait_for(lambda: self.state() if self._ended() else None, "the run's end", 300)
+        ballast.unlink()
+        cell.seconds = round(time.time() - began, 1)
+        cell.outcome = "went on"
+        if state["type"] != "COMPLETED":
+            cell.outcome = "the run ended, the next went on"
+            if "No space left" not in state["message"] or "\n" in state["message"].strip():
+                cell.wrong.append(f"it said: {state['message'][:200]}")
+            self.begin()
+        return cell
+
+    def _misled(self, cell: Cell, pid: int) -> Cell:
+        began, flow = time.time(), self.flow()
+        self.rig.set_clock(CLOCKS[cell.fault])
+        self._passed(cell.stage, began)
+        self.rig.set_clock(0)
+        cell.seconds = round(time.time() - began, 1)
+        later = {p for when, name, p in self.seen if when > began and name in ("flow", cell.stage)}
+        cell.outcome = "went on" if later <= {pid, flow} else "begun again"
         return cell
 
     def wait(self, limit_s: float = 900) -> dict[str, Any]:
@@ -245,6 +296,11 @@ class Run:
 
     # What came out
 
+    def remove(self) -> None:
+        """The small disk, once nobody uses it."""
+        if os.path.ismount(self.disk):
+            subprocess.run(["umount", "--lazy", self.disk], check=True)
+
     def facts(self) -> dict[str, Any]:
         """What must be the same, however a run was disturbed."""
         weights = {
@@ -292,7 +348,7 @@ class Run:
         return said
 
     def _wrong_in_prefect(self) -> list[str]:
-        of_run = {"flow_runs": {"id": {"any_": [self.flow_run]}}}
+        of_run = {"flow_runs": {"id": {"any_": self.flow_runs}}}
         time.sleep(2)  # the last states of steps arrive as events
         steps = self.rig.api("task_runs/filter", of_run)
         last = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -308,7 +364,7 @@ class Run:
 
     def _wrong_in_mlflow(self) -> list[str]:
         asked = subprocess.run(
-            [sys.executable, "-c", _ASK_MLFLOW, self.flow_run],
+            [sys.executable, "-c", _ASK_MLFLOW, *self.flow_runs],
             env=self.rig.environment,
             capture_output=True,
             text=True,
@@ -342,7 +398,7 @@ class Run:
     def resumed(self) -> list[str]:
         """What trainings said of going on."""
         found = self.rig.api(
-            "logs/filter", {"logs": {"flow_run_id": {"any_": [self.flow_run]}}, "limit": 200}
+            "logs/filter", {"logs": {"flow_run_id": {"any_": self.flow_runs}}, "limit": 200}
         )
         return [row["message"] for row in found if "goes on from step" in row["message"]]
 
@@ -355,11 +411,12 @@ from mlflow import MlflowClient
 client = MlflowClient()
 runs, versions = collections.defaultdict(list), collections.defaultdict(list)
 for experiment in client.search_experiments():
-    of_run = f"tags.flow_run = '{sys.argv[1]}'"
-    for run in client.search_runs([experiment.experiment_id], of_run):
-        runs[experiment.name].append(run.info.status)
+    for flow_run in sys.argv[1:] if experiment.name != "chain" else sys.argv[-1:]:
+        of_run = f"tags.flow_run = '{flow_run}'"
+        for run in client.search_runs([experiment.experiment_id], of_run):
+            runs[experiment.name].append(run.info.status)
 for version in client.search_model_versions():
-    if version.tags.get("flow_run") == sys.argv[1]:
+    if version.tags.get("flow_run") in sys.argv[1:]:
         versions[version.name].append(version.status)
 print(json.dumps({"runs": runs, "versions": versions}))
 """
