@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
     if asked.table:
-        return write()
+        write()
+        return
     done = {(row["fault"], row["stage"]) for row in filled() if row["code"] == code()}
     todo = {
         fault: [stage for stage in STAGES if stage in asked.stages and (fault, stage) not in done]
@@ -156,7 +157,8 @@ def main() -> None:
     }
     if not any(todo.values()):
         print("every cell asked for is filled")
-        return write()
+        write()
+        return
     folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
     print(f"logs and workspaces: {folder}", flush=True)
     for false_clock in (False, True):
