@@ -1,9 +1,11 @@
 """`make faults`: fill the table of fault × stage × outcome, cell by cell, and write it.
 
     python -m fault_cells [--faults "kill mlflow" …] [--stages pretrain …] [--alone]
+    python -m fault_cells --one "kill prefect: select" "kill mlflow: register@scene" …
 
 One chain takes as many cells of a fault as it can, one after the other; `--alone` gives each cell a
-chain of its own. Cells that were filled with this very code are not filled again.
+chain of its own, `--one` names the cells that one chain takes, of whatever faults. Cells that were
+filled with this very code are not filled again.
 """
 
 import argparse
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
+Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
 # A run is begun again twice at most: more such faults in one chain would end it.
 A_CHAIN = {"kill flow": 2, "kill machine": 2}
 
@@ -57,6 +60,11 @@ def keep(cell: Cell, resumed: list[str]) -> None:
 
 
 def reference(rig: Rig, folder: Path) -> dict[str, Any]:
+    """What an undisturbed run makes; known once for each code."""
+    file = Path(tempfile.gettempdir()) / f"ringmo-faults-{code()}.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
     run = Run(rig, folder / "undisturbed", "undisturbed")
     run.begin()
     state = run.wait()
@@ -64,28 +72,31 @@ def reference(rig: Rig, folder: Path) -> dict[str, Any]:
     found = run.facts()
     wrong = run.wrong(found)
     assert not wrong, wrong
+    file.write_text(json.dumps(found))
     return found
 
 
-def chain(rig: Rig, folder: Path, fault: str, stages: list[str], expected: Any) -> list[str]:
+def chain(rig: Rig, folder: Path, plan: Plan, expected: Any) -> Plan:
     """One run, disturbed at each of the stages; returns those that it did not get to."""
-    name = f"{fault}-{time.time():.0f}".replace(" ", "-")
-    run = Run(rig, folder / name, name, small=200 if fault == FULL else 0)
+    name = f"{plan[0][0]}-{time.time():.0f}".replace(" ", "-")
+    full = any(fault == FULL for fault, _ in plan)
+    run = Run(rig, folder / name, name, small=200 if full else 0)
     run.begin()
     cells: list[Cell] = []
-    left = list(stages)
+    left = list(plan)
     lost = ""
     while left and not lost:
-        stage = left.pop(0)
+        fault, stage = left.pop(0)
         try:
             cells.append(run.disturb(fault, stage))
+            print(f"  {fault}: {stage}: {cells[-1].outcome} {cells[-1].seconds} s", flush=True)
         except (RuntimeError, TimeoutError) as error:
             lost = str(error)
             if not cells:  # nothing was disturbed before: it is this cell's
                 cells.append(Cell(fault, stage, "lost", wrong=[lost]))
             else:
                 cells[-1].wrong.append(lost)
-                left = [stage, *left]
+                left = [(fault, stage), *left]
     try:
         run.wait()
         wrong = run.wrong(expected)
@@ -145,37 +156,41 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--alone", action="store_true", help="a chain for each cell")
+    parser.add_argument("--one", nargs="+", metavar="FAULT: STAGE", help="cells of one chain")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
-    if asked.table:
-        write()
-        return
     done = {(row["fault"], row["stage"]) for row in filled() if row["code"] == code()}
-    todo = {
-        fault: [stage for stage in STAGES if stage in asked.stages and (fault, stage) not in done]
-        for fault in asked.faults
-    }
-    if not any(todo.values()):
-        print("every cell asked for is filled")
-        write()
-        return
+    plans: list[Plan] = []
+    if asked.one:
+        cells = [tuple(cell.split(": ")) for cell in asked.one]
+        assert all(fault in FAULTS and stage in STAGES for fault, stage in cells), cells
+        plans = [sorted(set(cells) - done, key=lambda cell: STAGES.index(cell[1]))]
+    elif not asked.table:
+        for fault in asked.faults:
+            todo = [
+                (fault, stage)
+                for stage in STAGES
+                if stage in asked.stages and (fault, stage) not in done
+            ]
+            many = 1 if asked.alone else A_CHAIN.get(fault, len(STAGES))
+            plans += [todo[i : i + many] for i in range(0, len(todo), many)]
     folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
     print(f"logs and workspaces: {folder}", flush=True)
     for false_clock in (False, True):
-        some = {f: stages for f, stages in todo.items() if stages and (f in CLOCKS) == false_clock}
+        some = [p for p in plans if p and any(f in CLOCKS for f, _ in p) == false_clock]
         if some:
-            fill(folder / ("clock" if false_clock else "clear"), some, asked.alone, false_clock)
+            fill(folder / ("clock" if false_clock else "clear"), some, false_clock)
+    write()
 
 
-def fill(folder: Path, todo: dict[str, list[str]], alone: bool, false_clock: bool) -> None:
+def fill(folder: Path, plans: list[Plan], false_clock: bool) -> None:
     rig = Rig(folder / "rig", false_clock)
     try:
         rig.start()
         expected = reference(rig, folder)
-        for fault, stages in todo.items():
-            while stages:
-                many = 1 if alone else A_CHAIN.get(fault, len(stages))
-                stages = [*chain(rig, folder, fault, stages[:many], expected), *stages[many:]]
+        for plan in plans:
+            while plan:
+                plan = chain(rig, folder, plan, expected)
                 write()
     finally:
         rig.stop()

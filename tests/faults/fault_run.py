@@ -22,8 +22,8 @@ from ringmo import config
 from ringmo.config import read_yaml
 from ringmo.workspace import Workspace, init
 
-STAGES = (
-    *("ingest", "validate", "select", "pretrain", "finetune@scene", "scratch@scene"),
+STAGES = (  # as they come, one after the other
+    *("ingest", "validate", "select", "pretrain", "scratch@scene", "finetune@scene"),
     *("evaluate@scene", "register@encoder", "register@scene"),
     *("promote@encoder", "promote@scene", "push"),
 )

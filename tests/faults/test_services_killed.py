@@ -30,8 +30,8 @@ def test_every_service_is_killed_once_and_the_run_ends_well(rig: Rig, tmp_path: 
         for stage, fault in {
             "select": "kill prefect",
             "pretrain": "kill stage",
-            "finetune@scene": "kill flow",
-            "scratch@scene": "kill worker",
+            "scratch@scene": "kill flow",
+            "finetune@scene": "kill worker",
             "evaluate@scene": "kill postgres",
             "register@encoder": "kill mlflow",
             "push": "kill s3",
