@@ -22,7 +22,7 @@ from servers import S3, MLflow, Postgres, free_port
 from ringmo.environment import quiet_telemetry
 from ringmo.services import LEASES, PATIENCE, WORK_POOL
 
-LIMIT_S = 180
+LIMIT_S = 300
 
 
 class Rig:

@@ -175,7 +175,7 @@ class Run:
                 with contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(size))
-        state = wait_for(lambda: self.state() if self._ended() else None, "the run's end", 300)
+        state = wait_for(lambda: self.state() if self._ended() else None, "the run's end", 1200)
         ballast.unlink()
         cell.seconds = round(time.time() - began, 1)
         cell.outcome = "went on"
@@ -196,7 +196,7 @@ class Run:
         cell.outcome = "went on" if later <= {pid, flow} else "begun again"
         return cell
 
-    def wait(self, limit_s: float = 900) -> dict[str, Any]:
+    def wait(self, limit_s: float = 3600) -> dict[str, Any]:
         """The run's last state, when it has one from which it is not begun again."""
 
         def ended() -> dict[str, Any] | None:
@@ -268,7 +268,7 @@ class Run:
                 raise RuntimeError(f"ended before {stage}: {self.state()['message']}")
             return None
 
-        return int(wait_for(begun, f"{stage} to run", 420))
+        return int(wait_for(begun, f"{stage} to run", 1200))
 
     def _passed(self, stage: str, since: float) -> None:
         """Until a later stage began, or the run ended."""
@@ -279,7 +279,7 @@ class Run:
                 self._ended()
             )
 
-        wait_for(passed, f"what comes after {stage}", 600)
+        wait_for(passed, f"what comes after {stage}", 1200)
 
     def _ended(self) -> bool:
         if self.state()["type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
