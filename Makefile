@@ -1,11 +1,12 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
 # make down                end the local servers    make test-fast   unit tests only
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
+# make faults [FAULTS='"kill mlflow" …'] [STAGES='pretrain …']   kill and pause every server, hours
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
 BIN := .venv/bin
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-fast lint bench down clean-env
+.PHONY: run test test-fast lint bench faults down clean-env
 .DELETE_ON_ERROR:
 
 run: .venv/ready
@@ -24,6 +25,10 @@ lint: .venv/ready
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') \
 	  $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+faults: .venv/ready
+	@PYTHONPATH=tests:tests/faults $(BIN)/python -m fault_cells $(if $(FAULTS),--faults $(FAULTS)) \
+	  $(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
 down: .venv/ready
 	@$(BIN)/ringmo down

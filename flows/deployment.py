@@ -7,11 +7,12 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.types.entrypoint import EntrypointType
 
-from flows import pool
+from flows import pool, watch
 from flows.drift import EVENT, WORKSPACE, ringmo_drift
 from flows.retrain import retrain
 from ringmo.config import Config
 from ringmo.errors import BadInput
+from ringmo.services import PATIENCE
 from ringmo.workspace import Workspace
 
 
@@ -33,7 +34,8 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
             # One at a time in a workspace; a second one waits.
             "concurrency_limit": 1,
             "entrypoint_type": EntrypointType.MODULE_PATH,
-            "job_variables": {"working_dir": str(workspace.root)},
+            # A worker that somebody else started does not know our times.
+            "job_variables": {"working_dir": str(workspace.root), "env": dict(PATIENCE)},
         }
         root = str(workspace.root)
         made: dict[str, Any] = {
@@ -48,6 +50,7 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
             ),
         }
         ids = {flow: deployment.apply() for flow, deployment in made.items()}
+        watch.ensure()
         url = str(client.api_url).removesuffix("/").removesuffix("/api")
     return [
         {

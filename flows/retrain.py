@@ -7,9 +7,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows import approval
-from flows.stages import StageFailed, as_task, command, execute, together
-from ringmo import chain, console
+from flows import approval, watch
+from flows.stages import StageFailed, as_task, command, execute, patiently, show, together
+from ringmo import chain, chain_lock, console
 from ringmo.config import Config
 from ringmo.data import versions
 from ringmo.registry import forward
@@ -25,21 +25,28 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
         reason: why it runs; kept with the models it makes.
     """
     place = Workspace.find(workspace)
+    run = str(flow_run.id or "")
+    with chain_lock.alone(place, run) as dead:
+        if dead:
+            watch.bury(dead, run)
+        return _run(place, {"flow_run": run, "reason": reason})
+
+
+def _run(place: Workspace, tags: dict[str, str]) -> Any:
     config = Config.load(place.params_file)
     versions.sync_revisions(place)
-    chain.bring_champion(config, place)
-    tags = {"flow_run": str(flow_run.id or ""), "reason": reason}
-    forward.forward_all(place)
+    patiently(config, chain.bring_champion, config, place)
     about = tags | {"flow_run_url": flow_run.ui_url}
     try:
         with forward.ChainRun(place, config, about) as parent:
+            # After that: a run that goes on would else be told MLflow as one that was killed.
+            forward.forward_all(place)
             summary = _chain(config, place, tags)
             parent.finish(summary, chain.summary_markdown(summary))
     except StageFailed as error:
         return Failed(message=error.reason, data=error)
-    create_markdown_artifact(
-        key="summary", markdown=chain.summary_markdown(summary), description="What came out"
-    )
+    markdown = chain.summary_markdown(summary)
+    show(create_markdown_artifact, key="summary", markdown=markdown, description="What came out")
     return Completed(name=summary["outcome"], message=summary["headline"], data=summary)
 
 
@@ -57,7 +64,8 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         names = {stage.name for stage in left}
         ready = [stage for stage in left if not names & set(stage.upstream)]
         left = [stage for stage in left if stage not in ready]
-        if any(stage.name == "pretrain" for stage in ready) and chain.bring_start(config, place):
+        pretrains = any(stage.name == "pretrain" for stage in ready)
+        if pretrains and patiently(config, chain.bring_start, config, place):
             changes = versions.changed(place)
         calls = []
         for stage in ready:
@@ -73,8 +81,8 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
 
     failed = _registered(config, place, tags, cached)
     _promoted(config, place, cached, failed)
-    chain.push(config, place)
-    return chain.summary(config, place, cached, failed)
+    patiently(config, chain.push, config, place)
+    return patiently(config, chain.summary, config, place, cached, failed)
 
 
 def _registered(
@@ -87,15 +95,16 @@ def _registered(
     failed: dict[str, str] = {}
     for model in chain.ends(config, place):
         name = f"register@{model}"
-        cached[name] = chain.registered(config, place, model)
+        cached[name] = patiently(config, chain.registered, config, place, model)
         if not cached[name]:
             arguments = ["register", model, "--flow-run", tags["flow_run"]]
             about = "A version in the registry, and its gate's verdict"
             if reason := _refused(config, place, name, about, arguments):
                 failed[model] = reason
     if not chain.heads_shown(config, place):
-        if rows := chain.heads(config, place):
-            create_markdown_artifact(
+        if rows := patiently(config, chain.heads, config, place):
+            show(
+                create_markdown_artifact,
                 key="heads",
                 markdown=chain.heads_markdown(rows),
                 description="Each task's model on the old encoder and on the new one",
@@ -111,7 +120,7 @@ def _promoted(
     for model in chain.ends(config, place):
         if model in failed:
             continue
-        if (waits := chain.passed(place, model)) is None:
+        if (waits := patiently(config, chain.passed, place, model)) is None:
             cached[f"promote@{model}"] = True
         elif reason := _put_forward(config, place, *waits):
             failed[model] = reason
@@ -127,7 +136,7 @@ def _put_forward(config: Config, place: Workspace, ref: str, reasons: list[str])
         Why it did not.
     """
     if config.promotion.approval == "person":
-        page = approval.ask(place, ref, reasons)
+        page = patiently(config, approval.ask, place, ref, reasons)
         console.note(f"{ref} waits for a person: {page or 'ringmo promote ' + ref}")
         return None
     name = f"promote@{ref.partition('/')[0]}"

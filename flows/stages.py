@@ -6,10 +6,11 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -27,25 +28,70 @@ from ringmo.registry.forward import Forwarder
 from ringmo.stage import Report, forget_checkpoints
 from ringmo.workspace import Workspace
 
+# So often a step is tried again when something outside did not answer, after waits that double:
+# ten minutes with run.retry_delay_s of 10.
+OUTAGE_TRIES = 6
+
+
+T = TypeVar("T")
+
 
 class StageFailed(Exception):
-    """A stage ended badly. `retry`: whether doing it again can help; `exit_code`: what to tell."""
+    """A stage ended badly. `retry`: whether doing it again can help; `exit_code`: what to tell;
+    `crashed`: it died before it could say anything."""
 
-    def __init__(self, reason: str, exit_code: int, retry: bool) -> None:
+    def __init__(self, reason: str, exit_code: int, retry: bool, crashed: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.exit_code, self.retry = reason, exit_code, retry
+        self.reason, self.exit_code, self.retry, self.crashed = reason, exit_code, retry, crashed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, self.exit_code, self.retry)
+        return type(self), (self.reason, self.exit_code, self.retry, self.crashed)
 
 
-def worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """A crash is retried; a refusal or bad input would only be refused again, and what was ended
-    with the whole run is not begun once more."""
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, GroupEnded):
-        return False
-    return error.retry if isinstance(error, StageFailed) else True
+def worth_a_retry(retries: int) -> Callable[[Task[..., Any], TaskRun, State[Any]], bool]:
+    """Whether a step is done again: so often after a crash, and for a while when something outside
+    does not answer. A refusal or bad input would only be refused again, and what was ended with the
+    whole run is not begun once more."""
+
+    def worth(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, GroupEnded):
+            return False
+        if isinstance(error, StageFailed):
+            return error.retry and (not error.crashed or run.run_count <= retries)
+        return isinstance(error, Unreachable) or run.run_count <= retries
+
+    return worth
+
+
+def waits(config: Config) -> list[float]:
+    """Seconds before each further try."""
+    tries = max(config.run.retries, OUTAGE_TRIES)
+    return [config.run.retry_delay_s * 2.0 ** min(n, OUTAGE_TRIES) for n in range(tries)]
+
+
+def patiently(config: Config, call: Callable[..., T], *arguments: Any) -> T:
+    """What the chain asks of the world between its steps, asked again while nothing answers.
+
+    Raises:
+        Unreachable: after the last try.
+    """
+    for wait in waits(config)[:OUTAGE_TRIES]:
+        try:
+            return call(*arguments)
+        except Unreachable as error:
+            console.note(f"{error}: asked again in {wait:.0f} s")
+            time.sleep(wait)
+    return call(*arguments)
+
+
+def show(create: Callable[..., Any], **content: Any) -> None:
+    """An artifact of the flow run. It tells people of work that is done: without Prefect's server
+    it is not worth doing that again."""
+    try:
+        create(**content)
+    except Exception as error:  # of whatever it is made of: HTTP, time limits, settings
+        console.note(f"Prefect did not take {content['key']}: {type(error).__name__}: {error}")
 
 
 def as_task(
@@ -56,9 +102,9 @@ def as_task(
         name=name,
         description=description,
         task_run_name=name,
-        retries=config.run.retries,
-        retry_delay_seconds=config.run.retry_delay_s,
-        retry_condition_fn=worth_a_retry,
+        retries=len(waits(config)),
+        retry_delay_seconds=waits(config),
+        retry_condition_fn=worth_a_retry(config.run.retries),
         timeout_seconds=config.run.stage_time_limit_min * 60,
     )
 
@@ -106,7 +152,8 @@ def execute(
         if report is not None:
             forwarder.finish(report, workspace.work(name))
     if forwarder.url:
-        create_link_artifact(
+        show(
+            create_link_artifact,
             link=forwarder.url,
             link_text=f"{name} in MLflow",
             key=f"mlflow-{name.replace('@', '-')}",
@@ -138,7 +185,8 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
     report = Report.read(workspace.report_file(name))
     checked = _checked(name, report, status, allowed=(0, 1))
     if reasons := checked["figures"].get("verdict_reasons"):
-        create_markdown_artifact(
+        show(
+            create_markdown_artifact,
             key=f"verdict-{name.replace('@', '-')}",
             markdown="\n".join(f"- {reason}" for reason in reasons),
             description=f"The gate's verdict: {checked['figures'].get('verdict')}",
@@ -206,7 +254,8 @@ def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:
             return f"`{work / 'docs' / page}`"
         return f"[{page.split('/')[-1]}]({url}/artifacts/docs/{page})"
 
-    create_markdown_artifact(
+    show(
+        create_markdown_artifact,
         key="validation",
         markdown=data_docs.markdown(verdict, link),
         description="The rules that the data version was judged by",
@@ -265,7 +314,7 @@ def _checked(
 ) -> dict[str, Any]:
     if report is None:
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        raise StageFailed(f"{name} ended without a report ({how})", 3, retry=True)
+        raise StageFailed(f"{name} ended without a report ({how})", 3, retry=True, crashed=True)
     if report.exit_code not in allowed:
         raise StageFailed(report.reason or f"{name} failed", report.exit_code, report.retry)
     return asdict(report)

@@ -59,9 +59,11 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     console.note("retraining: follow it at " + (services.status(workspace)["prefect"]["url"] or ""))
 
+    from flows import watch
     from flows.retrain import retrain
     from flows.stages import as_ringmo_error
 
+    watch.ensure()
     state: Any = retrain(str(workspace.root), return_state=True)
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):

@@ -1,18 +1,19 @@
 """Children in process groups of their own: ended politely, waited for, and never left behind."""
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from ringmo import process_guard
+
 POLL_S = 0.1
 _running: dict[int, float] = {}  # group → its grace period, seconds
+_shared: list[int] = []  # file descriptors that the groups' guards hold open as well
 _lock = threading.Lock()
 _ending = threading.Event()
 
@@ -35,6 +36,8 @@ def run_group(
     group, waits until the group is empty, and kills what is left after `grace_s` seconds: DVC
     itself dies at once on SIGTERM, the training it started saves its checkpoint first.
 
+    When this process is killed, a guard beside the group does the same (`process_guard`).
+
     On a terminal the command draws its progress there; elsewhere `follow` hears its lines too.
     `started` is told the process number, which is the group's too.
 
@@ -42,22 +45,28 @@ def run_group(
         GroupEnded: `end_all` was called, before it began or while it ran.
     """
     piped = follow is not None and not sys.stderr.isatty()
-    # Standard output is kept for results: what a child says is progress.
-    with _lock:  # what is not in the list when all are ended is not started afterwards
-        if _ending.is_set():
-            raise GroupEnded
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if piped else sys.stderr.fileno(),
-            stderr=subprocess.STDOUT if piped else None,
-            start_new_session=True,
-        )
-        _running[process.pid] = grace_s
+    guard = _guard(grace_s)
+    try:
+        with _lock:  # what is not in the list when all are ended is not started afterwards
+            if _ending.is_set():
+                raise GroupEnded
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                # Standard output is kept for results: what a child says is progress.
+                stdout=subprocess.PIPE if piped else sys.stderr.fileno(),
+                stderr=subprocess.STDOUT if piped else None,
+                start_new_session=True,
+            )
+            _running[process.pid] = grace_s
+    except BaseException:
+        _dismiss(guard)
+        raise
     reader = threading.Thread(target=_read, args=(process.stdout, follow), daemon=True)
     try:
+        _say(guard, f"{process.pid}\n")
         if started is not None:
             started(process.pid)
         if piped:
@@ -67,6 +76,8 @@ def run_group(
             time.sleep(POLL_S)
     finally:
         end_group(process.pid, grace_s)
+        _say(guard, "done")
+        _dismiss(guard)
         with _lock:
             del _running[process.pid]
     if piped:
@@ -74,6 +85,60 @@ def run_group(
     if status and _ending.is_set():
         raise GroupEnded
     return status
+
+
+def _guard(grace_s: float) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        # No site, no variables of Python's: it starts in hundredths of a second.
+        [sys.executable, "-I", "-S", str(process_guard.__file__), str(grace_s)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        pass_fds=tuple(_shared),
+    )
+
+
+def _say(guard: "subprocess.Popen[str]", words: str) -> None:
+    assert guard.stdin is not None
+    with contextlib.suppress(OSError):  # somebody ended it: it guards no more
+        guard.stdin.write(words)
+        guard.stdin.flush()
+
+
+def _dismiss(guard: "subprocess.Popen[str]") -> None:
+    assert guard.stdin is not None
+    with contextlib.suppress(OSError):
+        guard.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        guard.wait(10)
+
+
+@contextlib.contextmanager
+def shared(descriptor: int) -> Iterator[None]:
+    """Within the block, guards hold a file open too: its lock outlives a killed process until the
+    groups that this one started are empty."""
+    _shared.append(descriptor)
+    try:
+        yield
+    finally:
+        _shared.remove(descriptor)
+
+
+def born(pid: int) -> str | None:
+    """What tells a process from every other that has, had or will have its number; None: no such
+    process, or a dead one that nobody has reaped.
+
+    Counted from the machine's start: a clock that is set does not change it.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state in "ZX":
+            return None
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{fields[18]}"
+    except OSError:
+        return None
 
 
 def begin() -> None:
@@ -107,23 +172,4 @@ def _read(stream: IO[bytes], follow: Callable[[str], None]) -> None:
 
 def end_group(group: int, grace_s: float) -> None:
     """SIGTERM to a process group, SIGKILL after the grace period; returns when it is empty."""
-    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
-        if not _members(group):
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, number)
-        limit = time.monotonic() + patience
-        while _members(group) and time.monotonic() < limit:
-            time.sleep(0.1)
-
-
-def _members(group: int) -> list[int]:
-    """Living processes of a group; dead ones that nobody has reaped do not count."""
-    import psutil
-
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process.pid)
-    return members
+    process_guard.end(group, grace_s)

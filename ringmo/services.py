@@ -1,10 +1,9 @@
 """The local servers of a workspace: MLflow, Prefect and a worker, on the loopback address.
 
-Each is a process group of its own, recorded in .ringmo/services.json with its start time, so
+Each is a process group of its own, recorded in .ringmo/services.json with when it began, so
 that `down` ends just those and never a stranger that got the same process number.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ringmo import console
 from ringmo.environment import quiet_telemetry
 from ringmo.errors import BadInput, Unreachable
-from ringmo.process_group import end_group
+from ringmo.process_group import born, end_group
 from ringmo.stage import write_json
 from ringmo.workspace import Workspace
 
@@ -28,6 +27,17 @@ if TYPE_CHECKING:
     from ringmo.config import Config
 
 WORK_POOL = "ringmo"
+# Of whoever asks Prefect's server: how a run outlives it, and how it tells that it lives.
+PATIENCE = {
+    # Seconds between the signs of life by which the server tells a killed flow from a long one
+    # (`flows.watch`). Prefect's own is minutes.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    # Waits of 2, 4, 8 … seconds: eight minutes without a server, where Prefect's own is one.
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
+}
+# Of the server: slots that are taken must be known after a restart, else runs that hold one are
+# cancelled when they next ask for it. Prefect's own is its memory.
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 START_LIMIT_S = 180.0
 GRACE_S = 15.0
 
@@ -120,8 +130,8 @@ def environment(workspace: Workspace) -> dict[str, str]:
     running = _alive(workspace)
     if "PREFECT_API_URL" not in os.environ and "prefect" in running:
         names["PREFECT_API_URL"] = f"{running['prefect']['url']}/api"
-    # A heartbeat lets the server tell a killed flow from a long one.
-    names.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    for name, value in PATIENCE.items():
+        names.setdefault(name, value)
     names["RINGMO_WORKSPACE"] = str(workspace.root)
     binaries = str(Path(sys.executable).parent)
     if binaries not in names.get("PATH", "").split(os.pathsep)[:1]:
@@ -148,19 +158,15 @@ def _elsewhere(name: str) -> str | None:
 
 def _alive(workspace: Workspace) -> dict[str, Any]:
     """Recorded services whose process still is the one that was started."""
-    import psutil
-
     try:
         recorded = json.loads(_record(workspace).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     alive = {}
     for name, entry in recorded.items():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(entry["pid"])
-            same = abs(process.create_time() - entry["started"]) < 1
-            if same and process.status() != psutil.STATUS_ZOMBIE:
-                alive[name] = entry
+        now = born(entry["pid"])
+        if now is not None and now == entry.get("born"):
+            alive[name] = entry
     return alive
 
 
@@ -197,8 +203,6 @@ def _start_worker(workspace: Workspace) -> dict[str, Any]:
 
 
 def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict[str, Any]:
-    import psutil
-
     logs = workspace.state / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     env = environment(workspace)
@@ -207,6 +211,8 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     if name == "mlflow":
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    if name == "prefect":
+        env.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
@@ -217,7 +223,7 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return {"url": url, "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    return {"url": url, "pid": process.pid, "born": born(process.pid)}
 
 
 def _wait(workspace: Workspace, name: str, entry: dict[str, Any]) -> None:

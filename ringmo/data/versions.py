@@ -458,6 +458,8 @@ def _dvc(workspace: Workspace, *arguments: str) -> None:
         text=True,
         stdin=subprocess.DEVNULL,
     )
+    if done.returncode < 0:  # no answer of DVC's: it was killed, and may be asked again
+        raise Unreachable(f"dvc {arguments[0]}: killed by signal {-done.returncode}")
     if done.returncode:
         said = (done.stderr + done.stdout).strip()
         errors = [line for line in said.splitlines() if line.startswith("ERROR")]

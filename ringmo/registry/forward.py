@@ -25,6 +25,7 @@ from typing import Any
 from ringmo import console, system_metrics
 from ringmo.config import Config, digest, flatten
 from ringmo.errors import RingmoError
+from ringmo.process_group import born
 from ringmo.registry.tracker import GENERATED, Tracker, run_url
 from ringmo.stage import Report, write_json
 from ringmo.workspace import Workspace
@@ -58,8 +59,6 @@ class _Feed:
 
     def describe(self, stage: str, tags: Mapping[str, Any], started: float) -> None:
         """An execution begins, or goes on after an interruption: the run is (again) RUNNING."""
-        import psutil
-
         old = self.state.get("tags", {})
         self.state.update(
             stage=stage,
@@ -67,14 +66,15 @@ class _Feed:
             started=self.state.get("started", started),
             status="RUNNING",
             pid=os.getpid(),
-            pid_started=psutil.Process().create_time(),
+            born=born(os.getpid()),
             closed=False,
         )
         self.state.pop("ended", None)
         self.save()
 
     def end(self, status: str) -> None:
-        self.state.update(status=status, ended=time.time())
+        # Where the clock was set back, a run still ends after it began.
+        self.state.update(status=status, ended=max(time.time(), self.state["started"]))
         self.save()
 
     def save(self) -> None:
@@ -96,16 +96,8 @@ class _Feed:
         """Whether whoever followed this run is gone and has not ended it."""
         if self.state.get("status") != "RUNNING":
             return False
-        import psutil
-
-        try:
-            process = psutil.Process(int(self.state["pid"]))
-            # In a container the numbers begin anew: the same one may be another process.
-            return abs(process.create_time() - float(self.state["pid_started"])) > 1
-        except (KeyError, psutil.NoSuchProcess):
-            return True
-        except psutil.AccessDenied:
-            return False
+        # In a container the numbers begin anew: the same one may be another process.
+        return bool(born(int(self.state.get("pid", 0))) != self.state.get("born", ""))
 
     @property
     def experiment(self) -> str:
@@ -564,7 +556,9 @@ class ChainRun:
         self._summary = ""
 
     def __enter__(self) -> "ChainRun":
-        self._started = time.time()
+        self._started, self._began_at = time.time(), time.monotonic()
+        # Not told by a time: clocks are set while a chain runs.
+        self._before = {file: file.stat().st_mtime_ns for file in self._left()}
         self.tags |= {"mlflow.user": _user(), "mlflow.source.name": "ringmo run"}
         self._feed.describe(CHAIN, self.tags, self._started)
         sections = ("select", "model", "pretrain", "finetune", "evaluate", "gate")
@@ -612,7 +606,7 @@ class ChainRun:
         report = self._report or Report(CHAIN, ok=False)
         if error is not None:
             report.reason = "interrupted" if status == "KILLED" else _in_a_line(error)
-        report.figures["hours"] = round((time.time() - self._started) / 3600, 5)
+        report.figures["hours"] = round((time.monotonic() - self._began_at) / 3600, 5)
         report.figures |= self._energy()
         final = self._feed.folder / "final"
         report.write(final / "report.json")
@@ -637,7 +631,7 @@ class ChainRun:
         ran = {}
         for stage in stages(self.workspace):
             file = self.workspace.report_file(stage.name)
-            if file.exists() and file.stat().st_mtime >= self._started:
+            if self._written(file):
                 ran[stage.name] = Report.read(file) or Report(stage.name)
         return ran
 
@@ -652,7 +646,16 @@ class ChainRun:
         """Whether it left anything in this execution, if only half a training."""
         feeds = (self.workspace.state / "runs").glob(f"{stage.replace('@', '-')}-*/mlflow.json")
         left = [*feeds, self.workspace.report_file(stage)]
-        return any(file.exists() and file.stat().st_mtime >= self._started for file in left)
+        return any(self._written(file) for file in left)
+
+    def _left(self) -> list[Path]:
+        """What executions leave: reports, and how far figures were sent."""
+        state = self.workspace.state
+        return [*state.glob("reports/*.json"), *state.glob("runs/*/mlflow.json")]
+
+    def _written(self, file: Path) -> bool:
+        """Whether a file is there and was not, as it is, when this execution began."""
+        return file.exists() and file.stat().st_mtime_ns != self._before.get(file)
 
     def _energy(self) -> dict[str, Any]:
         """What its stages took together, where each of them was measured."""

@@ -1,0 +1,161 @@
+"""What becomes of a run whose process, worker or machine died: nothing stays "Running" for ever.
+
+Prefect's server does the looking, by automations that lie in its database, so that it goes on after
+a restart and no process of ours has to live for it:
+
+- a flow that gives no sign of life for SILENCE_S is Crashed, and gives back the slot that it held;
+- a crashed run of a deployment is begun again, TRIES times in all, by the next worker that is free.
+  What was done is not done again, and a training goes on from its checkpoint;
+- a run that was to be cancelled and whose worker is gone is Cancelled after CANCEL_S;
+- a run that a worker took and did not start within START_S is given to the next one.
+
+A run that was declared dead and was not (a machine that slept, a server that was away) holds the
+workspace's lock (`ringmo.chain_lock`): its second try waits for it, and then finds nothing to do.
+"""
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+FLOWS = ["retrain", "ringmo-drift"]
+# Four signs of life (services.PATIENCE) are missing: three may be late when a server starts again.
+SILENCE_S = 120
+START_S = 600
+TRIES = 3
+CANCEL_S = 90  # less than SILENCE_S: what was to be cancelled is not begun again
+ENDED = {
+    f"prefect.flow-run.{state}"
+    for state in (
+        *("Completed", "Unchanged", "Refused", "Failed", "Cancelled", "Crashed"),
+        *("Suspended", "Paused", "AwaitingRetry"),  # and it need not give a sign of life
+    )
+}
+
+
+def ensure() -> None:
+    """The automations are on the server, as they are here, once each."""
+    with get_client(sync_client=True) as client:
+        for automation in automations():
+            known = client.read_automations_by_name(automation.name)
+            if known:
+                client.update_automation(known[0].id, automation)
+            else:
+                client.create_automation(automation)
+
+
+def automations() -> list[AutomationCore]:
+    ours = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
+    runs = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+    of_run: dict[str, Any] = {"match_related": ours, "for_each": {"prefect.resource.id"}}
+    beat = "prefect.flow-run.heartbeat"
+
+    def again(why: str) -> ChangeFlowRunState:
+        return ChangeFlowRunState(
+            state=StateType.SCHEDULED, name="AwaitingRetry", message=why, force=False
+        )
+
+    return [
+        AutomationCore(
+            name="ringmo: a run without a sign of life has crashed",
+            description=f"No heartbeat for {SILENCE_S} s: its process or machine is gone",
+            trigger=EventTrigger(
+                match=runs,
+                **of_run,
+                after={beat},
+                expect={beat, *ENDED},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=SILENCE_S),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED,
+                    name="Crashed",
+                    message=f"no sign of life for {SILENCE_S} s: its process is gone",
+                    force=False,
+                )
+            ],
+        ),
+        AutomationCore(
+            name="ringmo: a crashed run is begun again",
+            description=f"It goes on from where it was; {TRIES} tries in all",
+            trigger=EventTrigger(
+                match=ResourceSpecification(
+                    {
+                        "prefect.resource.id": "prefect.flow-run.*",
+                        "prefect.run-count": [str(count) for count in range(1, TRIES)],
+                    }
+                ),
+                **of_run,
+                expect={"prefect.flow-run.Crashed"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[again("crashed: begun again")],
+        ),
+        AutomationCore(
+            name="ringmo: a run that nobody is left to cancel is cancelled",
+            description=f"It was to be cancelled, and had not ended after {CANCEL_S} s",
+            trigger=EventTrigger(
+                match=runs,
+                **of_run,
+                after={"prefect.flow-run.Cancelling"},
+                expect=ENDED,
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=CANCEL_S),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CANCELLED,
+                    name="Cancelled",
+                    message="nobody was left to end it",
+                    force=False,
+                )
+            ],
+        ),
+        AutomationCore(
+            name="ringmo: a run that no worker started is given away again",
+            description=f"It was taken, and did not run within {START_S} s",
+            trigger=EventTrigger(
+                match=runs,
+                **of_run,
+                after={"prefect.flow-run.Pending"},
+                expect={"prefect.flow-run.*"},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=START_S),
+            ),
+            actions=[again("not started: given away again")],
+        ),
+    ]
+
+
+def bury(flow_run: str, this: str) -> None:
+    """Say of a run whose process is surely gone, and of the steps it was in, that they crashed.
+
+    this: the run that found it, which may be the same, begun again.
+    """
+    gone: State[Any] = Crashed(message="its process is gone")
+    with get_client(sync_client=True) as client:
+        try:
+            dead = client.read_flow_run(UUID(flow_run))
+        except (ObjectNotFound, ValueError):
+            return  # it was known to another server
+        for step in client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[dead.id]))
+        ):
+            if step.state is not None and not step.state.is_final():
+                client.set_task_run_state(step.id, gone, force=True)
+        if flow_run != this and dead.state is not None and dead.state.is_running():
+            client.set_flow_run_state(dead.id, gone)

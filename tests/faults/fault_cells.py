@@ -1,0 +1,200 @@
+"""`make faults`: fill the table of fault × stage × outcome, cell by cell, and write it.
+
+    python -m fault_cells [--faults "kill mlflow" …] [--stages pretrain …] [--alone]
+    python -m fault_cells --one "kill prefect: select" "kill mlflow: register@scene" …
+
+One chain takes as many cells of a fault as it can, one after the other; `--alone` gives each cell a
+chain of its own, `--one` names the cells that one chain takes, of whatever faults. Cells that were
+filled with this very code are not filled again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fault_rig import Rig
+from fault_run import CLOCKS, FAULTS, FULL, STAGES, Cell, Run
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("cells.jsonl")
+PAGE = ROOT / "docs" / "faults.md"
+BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
+Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
+# A run is begun again twice at most: more such faults in one chain would end it.
+A_CHAIN = {"kill flow": 2, "kill machine": 2}
+
+
+def code() -> str:
+    """Hash of what is tested."""
+    found = hashlib.sha256()
+    for folder in ("ringmo", "flows"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def filled() -> list[dict[str, Any]]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def keep(cell: Cell, resumed: list[str]) -> None:
+    row = dataclasses.asdict(cell) | {
+        "code": code(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "resumed": resumed,
+    }
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{cell.fault} × {cell.stage}: {cell.outcome} {cell.seconds} s {cell.wrong}", flush=True)
+
+
+def reference(rig: Rig, folder: Path) -> dict[str, Any]:
+    """What an undisturbed run makes; known once for each code."""
+    file = Path(tempfile.gettempdir()) / f"ringmo-faults-{code()}.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        return known
+    run = Run(rig, folder / "undisturbed", "undisturbed")
+    run.begin()
+    state = run.wait()
+    assert state["type"] == "COMPLETED", state
+    found = run.facts()
+    wrong = run.wrong(found)
+    assert not wrong, wrong
+    file.write_text(json.dumps(found))
+    return found
+
+
+def chain(rig: Rig, folder: Path, plan: Plan, expected: Any) -> Plan:
+    """One run, disturbed at each of the stages; returns those that it did not get to."""
+    name = f"{plan[0][0]}-{time.time():.0f}".replace(" ", "-")
+    full = any(fault == FULL for fault, _ in plan)
+    run = Run(rig, folder / name, name, small=200 if full else 0)
+    run.begin()
+    cells: list[Cell] = []
+    left = list(plan)
+    lost = ""
+    while left and not lost:
+        fault, stage = left.pop(0)
+        try:
+            cells.append(run.disturb(fault, stage))
+            print(f"  {fault}: {stage}: {cells[-1].outcome} {cells[-1].seconds} s", flush=True)
+        except (RuntimeError, TimeoutError) as error:
+            lost = str(error)
+            if not cells:  # nothing was disturbed before: it is this cell's
+                cells.append(Cell(fault, stage, "lost", wrong=[lost]))
+            else:
+                cells[-1].wrong.append(lost)
+                left = [(fault, stage), *left]
+    try:
+        run.wait()
+        wrong = run.wrong(expected)
+    except TimeoutError as error:
+        wrong = [str(error)]
+    for cell in cells:
+        cell.wrong += [what for what in wrong if what not in cell.wrong]
+        keep(cell, run.resumed())
+    run.remove()
+    return left
+
+
+def write() -> None:
+    """The table into docs/faults.md."""
+    newest = {(row["fault"], row["stage"]): row for row in filled()}
+    now = code()
+    lines = [f"| | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+    short = {
+        "went on": "on",
+        "the stage was tried again": "stage",
+        "the run was begun again": "run",
+    }
+    for fault in FAULTS:
+        row = []
+        for stage in STAGES:
+            cell = newest.get((fault, stage))
+            if cell is None:
+                row.append("")
+            else:
+                said = short.get(cell["outcome"], cell["outcome"])
+                mark = "**✗** " if cell["wrong"] else ""
+                row.append(f"{mark}{said} {cell['seconds']:.0f} s")
+        lines.append(f"| {fault} | {' | '.join(row)} |")
+    good = [cell for cell in newest.values() if not cell["wrong"]]
+    same = sum(cell["code"] == now for cell in newest.values())
+    days = sorted({cell["time"][:10] for cell in newest.values()})
+    machines = sorted({cell["machine"] for cell in newest.values()})
+    total = len(FAULTS) * len(STAGES)
+    about = (
+        f"{len(newest)} of {total} cells are filled, {len(good)} of them with nothing wrong; "
+        f"{same} by the code as it is now. "
+        f"{', '.join(days)}; {'; '.join(machines)}."
+    )
+    wrong = [
+        f"- {cell['fault']}, {cell['stage']}: {'; '.join(cell['wrong'])[:300]}"
+        for cell in newest.values()
+        if cell["wrong"]
+    ]
+    text = "\n".join([BEGIN, "", about, "", *lines, "", *wrong, *[""] * bool(wrong), END])
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    PAGE.write_text(before + text + rest.partition(END)[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--alone", action="store_true", help="a chain for each cell")
+    parser.add_argument("--one", nargs="+", metavar="FAULT: STAGE", help="cells of one chain")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    asked = parser.parse_args()
+    done = {(row["fault"], row["stage"]) for row in filled() if row["code"] == code()}
+    plans: list[Plan] = []
+    if asked.one:
+        cells = [tuple(cell.split(": ")) for cell in asked.one]
+        assert all(fault in FAULTS and stage in STAGES for fault, stage in cells), cells
+        plans = [sorted(set(cells) - done, key=lambda cell: STAGES.index(cell[1]))]
+    elif not asked.table:
+        for fault in asked.faults:
+            todo = [
+                (fault, stage)
+                for stage in STAGES
+                if stage in asked.stages and (fault, stage) not in done
+            ]
+            many = 1 if asked.alone else A_CHAIN.get(fault, len(STAGES))
+            plans += [todo[i : i + many] for i in range(0, len(todo), many)]
+    folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
+    print(f"logs and workspaces: {folder}", flush=True)
+    for false_clock in (False, True):
+        some = [p for p in plans if p and any(f in CLOCKS for f, _ in p) == false_clock]
+        if some:
+            fill(folder / ("clock" if false_clock else "clear"), some, false_clock)
+    write()
+
+
+def fill(folder: Path, plans: list[Plan], false_clock: bool) -> None:
+    rig = Rig(folder / "rig", false_clock)
+    try:
+        rig.start()
+        expected = reference(rig, folder)
+        for plan in plans:
+            while plan:
+                plan = chain(rig, folder, plan, expected)
+                write()
+    finally:
+        rig.stop()
+
+
+if __name__ == "__main__":
+    main()
