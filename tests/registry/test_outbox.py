@@ -158,7 +158,7 @@ def test_nobody_else_is_told(three: Workspace, monkeypatch: Any) -> None:
     promote(three, 1)
     assert not (three.state / "outbox").exists()
     with pytest.raises(ValueError, match="neither http nor https"):
-        outbox._post("file:///etc/passwd", b"", {})
+        outbox.post("file:///etc/passwd", b"", {})
     for address in ("file:///etc/passwd", "ftp://a/b", "https://", "https://u:p@host/x"):
         with pytest.raises(BadInput, match=r"promotion\.webhook"):
             config.edit(three.params_file, {"promotion.webhook": address})
