@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run
@@ -147,6 +149,7 @@ def _acquired(stack: ExitStack, groups: list[list[Card]], occupy: int) -> list[C
                         max_retries=None if len(groups) == 1 else 0,
                         lease_duration=LEASE_S,
                         holder=holder,
+                        strict=True,  # a limit that was just deleted is made again
                         # Prefect away for a while ends no training of hours.
                         raise_on_lease_renewal_failure=False,
                     )
@@ -175,13 +178,13 @@ def _ensure(names: list[str]) -> None:
 
 
 def _not_now(error: BaseException) -> bool:
-    """Whether it is taken, or Prefect is not to be reached."""
-    seen: BaseException | None = error
+    """Whether it is taken, Prefect is not to be reached, or the limit is gone."""
+    last, seen = error, cast("BaseException | None", error)
     while seen is not None:
         if isinstance(seen, httpx.HTTPStatusError):
             status = seen.response.status_code
             return status == httpx.codes.LOCKED or status >= 500
         if isinstance(seen, httpx.TransportError):
             return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+        last, seen = seen, seen.__cause__ or seen.__context__
+    return isinstance(last, ConcurrencySlotAcquisitionError)

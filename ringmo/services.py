@@ -207,6 +207,16 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     if name == "mlflow":
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    if name == "prefect":
+        # Its pages would ask port 4200, whatever its own is.
+        env.setdefault("PREFECT_SERVER_UI_API_URL", f"{url}/api")
+        env.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
+        # In memory, its default, the leases of cards would be lost with the server, and the cards
+        # taken for ever.
+        env.setdefault(
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE",
+            "prefect.server.concurrency.lease_storage.filesystem",
+        )
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
