@@ -1,38 +1,107 @@
 """The retraining chain: new imagery in at one end, the better model in production at the other."""
 
-from typing import Any
+import enum
+from pathlib import Path
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
 
-from flows import approval, watch
+from flows import approval, notices, pages, turns, watch
 from flows.stages import StageFailed, as_task, command, execute, patiently, show, together
-from ringmo import chain, chain_lock, console
+from ringmo import chain, chain_lock, config, console, tasks
 from ringmo.config import Config
 from ringmo.data import versions
-from ringmo.registry import forward
-from ringmo.workspace import Workspace
+from ringmo.errors import BadInput
+from ringmo.registry import forward, outbox
+from ringmo.workspace import Workspace, template
+
+Task = enum.StrEnum("Task", tasks.names())  # type: ignore[misc]
+Recipe = enum.StrEnum(  # type: ignore[misc]
+    "Recipe", sorted(path.stem for path in template("recipes").glob("*.yaml"))
+)
 
 
-@flow(name="retrain", description=__doc__, persist_result=False)
-def retrain(workspace: str, reason: str = "by hand") -> Any:
+class Settings(BaseModel):
+    """What to change in params.yaml before the run, as `ringmo run` does; it stays changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str | None = Field(
+        default=None,
+        pattern=r"^(/|s3://[^/]+|generated$)",
+        description="Imagery: a folder or list on the worker's machine from / on, or "
+        "s3://BUCKET/PREFIX. It takes the place of ingest.sources.",
+    )
+    tasks: list[Task] | None = Field(default=None, description="What to fine-tune for.")
+    recipe: Recipe | None = Field(default=None, description="A named set of values.")
+    refresh: Literal["full", "keep", "continue", "champion"] | None = Field(
+        default=None, description="Whether new imagery enters the encoder (pretrain.refresh)."
+    )
+
+    def changes(self) -> dict[str, Any]:
+        """Values by dotted key of params.yaml.
+
+        Raises:
+            BadInput: no such data on this machine.
+        """
+        found: dict[str, Any] = {}
+        if self.recipe:
+            found |= config.recipe(template("recipes") / f"{self.recipe}.yaml")
+        if self.tasks:
+            found["tasks"] = [str(task) for task in dict.fromkeys(self.tasks)]
+        if self.refresh:
+            found["pretrain.refresh"] = self.refresh
+        if self.data:
+            if self.data.startswith("/") and not Path(self.data).exists():
+                raise BadInput(
+                    f"settings.data: {self.data}: no such folder on the worker's machine"
+                )
+            found["ingest.sources"] = [self.data]
+        return found
+
+
+@flow(
+    name="retrain",
+    description=__doc__,
+    persist_result=False,
+    on_failure=[notices.failed],
+    on_crashed=[notices.failed],
+)
+def retrain(
+    workspace: str,
+    reason: str = "by hand",
+    settings: Settings = Settings(),  # noqa: B008 (a form's defaults)
+    anew: bool = False,
+) -> Any:
     """Ingest, every stage of dvc.yaml that changed, register and judge all, promote, push.
 
     Args:
         workspace: the workspace's folder on the worker's machine.
         reason: why it runs; kept with the models it makes.
+        settings: what to change in params.yaml first.
+        anew: in this run the encoder is trained anew, from all imagery, also where
+            pretrain.refresh is keep or continue.
     """
     place = Workspace.find(workspace)
+    loaded = Config.load(place.params_file)
+    if (missed := turns.take(loaded, replace=loaded.schedule.overlap == "replace")) is not None:
+        return missed
     run = str(flow_run.id or "")
     with chain_lock.alone(place, run) as dead:
         if dead:
             watch.bury(dead, run)
-        return _run(place, {"flow_run": run, "reason": reason})
+        try:
+            config.edit(place.params_file, settings.changes())
+        except BadInput as error:
+            return Failed(message=str(error), data=error)
+        return _run(place, {"flow_run": run, "reason": reason}, anew)
 
 
-def _run(place: Workspace, tags: dict[str, str]) -> Any:
+def _run(place: Workspace, tags: dict[str, str], anew: bool) -> Any:
     config = Config.load(place.params_file)
     versions.sync_revisions(place)
     patiently(config, chain.bring_champion, config, place)
@@ -41,16 +110,29 @@ def _run(place: Workspace, tags: dict[str, str]) -> Any:
         with forward.ChainRun(place, config, about) as parent:
             # After that: a run that goes on would else be told MLflow as one that was killed.
             forward.forward_all(place)
-            summary = _chain(config, place, tags)
+            outbox.deliver(place, config.promotion)
+            summary = _chain(config, place, tags, anew)
             parent.finish(summary, chain.summary_markdown(summary))
     except StageFailed as error:
         return Failed(message=error.reason, data=error)
     markdown = chain.summary_markdown(summary)
     show(create_markdown_artifact, key="summary", markdown=markdown, description="What came out")
+    if summary["outcome"] == "Refused":
+        _tell_refused(place, summary)
     return Completed(name=summary["outcome"], message=summary["headline"], data=summary)
 
 
-def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, Any]:
+def _tell_refused(place: Workspace, summary: dict[str, Any]) -> None:
+    lines = [f"{model}: {why}" for model, why in summary["failed"].items()]
+    for model, made in summary["tasks"].items():
+        fresh = summary["stages"].get(f"register@{model}") == "done"
+        if fresh and made.get("verdict") == "refused":
+            lines.append(f"{made['model']}, and {made['champion'] or 'none'} stays champion:")
+            lines += [f"  {reason}" for reason in made["verdict_reasons"]]
+    notices.tell(str(place.root), "refused", summary["headline"], lines, pages.of_run(flow_run.id))
+
+
+def _chain(config: Config, place: Workspace, tags: dict[str, str], anew: bool) -> dict[str, Any]:
     root = str(place.root)
     cached: dict[str, bool] = {}
     ingest: Any = as_task(config, command, "ingest", "New imagery into the tile store")
@@ -58,6 +140,8 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
     tags = tags | {"data_version": ingested["figures"]["data_version"]}
 
     changes = versions.changed(place)
+    if anew and chain.take_all(config, place):
+        changes.setdefault("select", []).append(versions.ANEW)
     left = versions.stages(place)
     while left:
         # All that can run now; what these make ready comes after the last of them.
@@ -65,7 +149,7 @@ def _chain(config: Config, place: Workspace, tags: dict[str, str]) -> dict[str, 
         ready = [stage for stage in left if not names & set(stage.upstream)]
         left = [stage for stage in left if stage not in ready]
         pretrains = any(stage.name == "pretrain" for stage in ready)
-        if pretrains and patiently(config, chain.bring_start, config, place):
+        if pretrains and patiently(config, chain.bring_start, config, place, anew):
             changes = versions.changed(place)
         calls = []
         for stage in ready:
@@ -138,6 +222,9 @@ def _put_forward(config: Config, place: Workspace, ref: str, reasons: list[str])
     if config.promotion.approval == "person":
         page = patiently(config, approval.ask, place, ref, reasons)
         console.note(f"{ref} waits for a person: {page or 'ringmo promote ' + ref}")
+        yes = f"Yes or no: {page or 'in Prefect'}, or `ringmo promote {ref} --by NAME`"
+        said = [*reasons, yes, f"After {config.promotion.wait_h:g} hours: not promoted"]
+        notices.tell(str(place.root), "approval", f"{ref} waits for a person's word", said, page)
         return None
     name = f"promote@{ref.partition('/')[0]}"
     arguments = ["promote", ref, "--by", "gate", "--reason", "; ".join(reasons)]

@@ -1,14 +1,9 @@
 """A stage of the chain as a Prefect task: retried, limited in time, linked to its MLflow run."""
 
 import json
-import os
-import queue
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -19,6 +14,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task
 
+from flows import progress
+from flows.slots import slot
 from ringmo import console, services
 from ringmo.config import Config
 from ringmo.data import versions
@@ -128,10 +125,11 @@ def execute(
         )
     console.note(f"\n── {name}")
     workspace.report_file(name).unlink(missing_ok=True)
-    command = versions.repro_command(workspace, name)
+    command = versions.repro_command(workspace, name, changed)
     with (
-        slot(slots) as own,
+        slot(config, name, slots) as own,
         Forwarder(workspace, name, tags, own.get("CUDA_VISIBLE_DEVICES")) as forwarder,
+        progress.shown(workspace, name),
     ):
         status = run_group(
             command,
@@ -192,52 +190,6 @@ def command(workspace_root: str, name: str, arguments: list[str]) -> Any:
             description=f"The gate's verdict: {checked['figures'].get('verdict')}",
         )
     return checked
-
-
-_slots: dict[int, queue.SimpleQueue[int]] = {}  # how many → those that are free
-_slots_lock = threading.Lock()
-
-
-@contextmanager
-def slot(slots: int) -> Iterator[dict[str, str]]:
-    """One of so many equal shares of this machine, when one is free: its GPUs, or its cores.
-
-    Yields:
-        What the share is, as environment variables.
-    """
-    if slots == 1:
-        yield {}
-        return
-    with _slots_lock:
-        if slots not in _slots:
-            _slots[slots] = queue.SimpleQueue()
-            for number in range(slots):
-                _slots[slots].put(number)
-    free = _slots[slots]
-    number = free.get()
-    try:
-        gpus = _gpus()
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots))}
-        own = [gpus[i] for i in range(len(gpus)) if i % slots == number % len(gpus)]
-        yield threads | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
-    finally:
-        free.put(number)
-
-
-def _gpus() -> list[str]:
-    """The GPUs that may be used here, by number; none where there are none."""
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return given.split(",")
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return listed.stdout.split() if listed.returncode == 0 else []
 
 
 def _show_validation(workspace: Workspace, name: str, url: str | None) -> None:

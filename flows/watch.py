@@ -26,7 +26,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-FLOWS = ["retrain", "ringmo-drift"]
+FLOWS = ["retrain", "ringmo-check", "ringmo-drift", "ringmo-scenes", "ringmo-uploads"]
 # Four signs of life (services.PATIENCE) are missing: three may be late when a server starts again.
 SILENCE_S = 120
 START_S = 600

@@ -113,12 +113,26 @@ def bring_champion(config: Config, workspace: Workspace) -> None:
     _name_encoder(workspace, tracker, encoder)
 
 
-def bring_start(config: Config, workspace: Workspace) -> bool:
+def take_all(config: Config, workspace: Workspace) -> bool:
+    """Where the encoder's tiles are kept (pretrain.refresh: keep), forget which; whether it was so.
+
+    The next `select` takes in all there are, and keeps those.
+    """
+    if config.pretrain.refresh != "keep":
+        return False
+    from ringmo.data import selection
+
+    for name in (selection.KEPT, selection.KEPT_NORMALISATION):
+        (workspace.state / name).unlink(missing_ok=True)
+    return True
+
+
+def bring_start(config: Config, workspace: Workspace, anew: bool = False) -> bool:
     """Write to champion.yaml which encoder pre-training starts from (pretrain.refresh: continue).
 
     That is the champion, once the selection is another than it learnt from; before that the one
     that it started from itself, so that a run without new imagery finds nothing to do. Without a
-    champion there is none.
+    champion there is none, nor where the encoder shall be trained `anew`.
 
     Returns:
         Whether the file is another than before.
@@ -128,7 +142,7 @@ def bring_start(config: Config, workspace: Workspace) -> bool:
     from ringmo.registry.tracker import Tracker
 
     tracker = Tracker(workspace)
-    start = tracker.aliased("encoder", "champion")
+    start = None if anew else tracker.aliased("encoder", "champion")
     selection = workspace.work("select") / "pretrain.parquet"
     if (
         start is not None

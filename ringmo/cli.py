@@ -410,8 +410,11 @@ def _deploy(arguments: Arguments) -> None:
 
     rows = deploy(config, workspace)
     text = console.table(
-        [(row["deployment"], row["schedule"] or "by hand", row["url"]) for row in rows],
-        ("deployment", "schedule", "where"),
+        [
+            (row["deployment"], row["schedule"] or "-", row["does"] or "by hand", row["url"] or "")
+            for row in rows
+        ],
+        ("deployment", "schedule", "for", "where"),
     )
     console.result({"deployments": rows, "services": running}, text)
 

@@ -455,6 +455,16 @@ class Gate(Section):
     max_data_age_days: float | None = Field(None, gt=0)
 
 
+def _address(address: str | None) -> str | None:
+    if address is not None:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"`{address}` is no address (http://… or https://…)")
+        if parts.username or parts.password:
+            raise ValueError("no password in params.yaml: the secret that signs is enough")
+    return address
+
+
 class Promotion(Section):
     """approval: who has the last word on what the gate has passed. wait_h: for a person's."""
 
@@ -462,16 +472,7 @@ class Promotion(Section):
     wait_h: Annotated[float, Field(gt=0)] = 72
     webhook: str | None = None
 
-    @field_validator("webhook")
-    @classmethod
-    def _http(cls, address: str | None) -> str | None:
-        if address is not None:
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"`{address}` is no address (http://… or https://…)")
-            if parts.username or parts.password:
-                raise ValueError("no password in params.yaml: the secret that signs is enough")
-        return address
+    _http = field_validator("webhook")(_address)
 
 
 class Card(Section):
@@ -512,8 +513,58 @@ class Run(Section):
 
 
 class Schedule(Section):
+    """Crons, and what becomes of runs that meet or were missed."""
+
+    check: str | None = None
     retrain: str | None = None
+    pretrain: str | None = None
+    uploads: str | None = None
+    cool_down_min: Annotated[float, Field(ge=0)] = 60
+    overlap: Literal["queue", "skip", "replace"] = "queue"
+    missed: Literal["once", "skip"] = "once"
     timezone: str = "UTC"
+
+
+class Scenes(Section):
+    """sources: as `ringmo predict` takes them. model: a task's alias, as segmentation@champion."""
+
+    sources: list[str] = []
+    model: str = "segmentation@champion"
+    out: str = "answers"
+    cron: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _alias(cls, ref: str) -> str:
+        from ringmo import tasks
+
+        task, at, alias = ref.partition("@")
+        if task not in tasks.names() or not at or alias != "champion":
+            raise ValueError(
+                f"`{ref}` is no task's champion (TASK@champion; tasks: {', '.join(tasks.names())})"
+            )
+        return ref
+
+
+class Notify(Section):
+    """about: what is told. The servers' addresses with their passwords are in the environment."""
+
+    about: list[Literal["failure", "refused", "approval"]] = ["failure", "refused", "approval"]
+    mail: list[str] = []
+    sender: str = "ringmo@localhost"
+    slack: bool = False
+    webhook: str | None = None
+
+    _http = field_validator("webhook")(_address)
+
+    @field_validator("mail", "sender")
+    @classmethod
+    def _mail(cls, given: Any) -> Any:
+        for address in given if isinstance(given, list) else [given]:
+            name, at, host = address.partition("@")
+            if not (name and at and host) or set(address) & set(" \r\n,;<>"):
+                raise ValueError(f"`{address}` is no mail address (name@host)")
+        return given
 
 
 class Versioning(Section):
@@ -550,6 +601,8 @@ class Config(Section):
     monitoring: Monitoring = Monitoring()
     run: Run
     schedule: Schedule
+    scenes: Scenes = Scenes()
+    notify: Notify = Notify()
     versioning: Versioning
     services: Services
 

@@ -34,7 +34,15 @@ PREFECT_AUTH = Variable(
     "PREFECT_API_AUTH_STRING", str, "user:password of a Prefect server with basic auth", secret=True
 )
 WEBHOOK_SECRET = Variable(
-    "RINGMO_WEBHOOK_SECRET", str, "signs what promotion.webhook is sent", secret=True
+    *("RINGMO_WEBHOOK_SECRET", str, "signs what promotion.webhook and notify.webhook are sent"),
+    secret=True,
+)
+SMTP_URL = Variable(
+    *("RINGMO_SMTP_URL", str, "smtp://USER:PASSWORD@HOST:587, or smtps://: who takes notify.mail"),
+    secret=True,
+)
+SLACK_URL = Variable(
+    "RINGMO_SLACK_URL", str, "the Slack-compatible webhook of notify.slack", secret=True
 )
 SERVE_TOKEN = Variable(
     "RINGMO_SERVE_TOKEN", str, "what `ringmo serve` wants to hear from whoever asks", secret=True
@@ -46,6 +54,8 @@ VARIABLES = (
     PREFECT_API_URL,
     PREFECT_AUTH,
     WEBHOOK_SECRET,
+    SMTP_URL,
+    SLACK_URL,
     SERVE_TOKEN,
     Variable("MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"),
     Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True),

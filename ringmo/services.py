@@ -212,6 +212,9 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     if name == "prefect":
+        # Its pages would ask port 4200, whatever its own is.
+        env.setdefault("PREFECT_SERVER_UI_API_URL", f"{url}/api")
+        env.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
         env.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(

@@ -9,19 +9,21 @@ from urllib.error import HTTPError
 from ringmo.workspace import Workspace
 
 
-def api(place: Workspace, path: str, body: Any = None) -> Any:
-    """The answer of a workspace's own server; a body is posted as JSON."""
+def api(place: Workspace, path: str, body: Any = None, method: str | None = None) -> Any:
+    """The answer of a workspace's own server, None where it is empty; a body is posted as JSON."""
     url = json.loads((place.state / "services.json").read_text())["prefect"]["url"]
     request = urllib.request.Request(
         f"{url}/api/{path}",
         json.dumps(body).encode() if body is not None else None,
         {"Content-Type": "application/json"},
+        method=method,
     )
     limit = time.monotonic() + 10
     while True:
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
+                said = answer.read()
+                return json.loads(said) if said else None
         except HTTPError as error:
             # Its SQLite is busy for a moment: Prefect's own clients ask again too.
             if error.code != 503 or time.monotonic() > limit:

@@ -107,13 +107,19 @@ def ingest(config: Config, workspace: Workspace) -> Report:
 
 
 @contextlib.contextmanager
-def alone(workspace: Workspace) -> Iterator[None]:
-    """One writer of the store at a time in a workspace; the next says who is at work and waits."""
+def alone(workspace: Workspace, wait: bool = True) -> Iterator[None]:
+    """One writer of the store at a time in a workspace; the next says who is at work and waits.
+
+    Raises:
+        BlockingIOError: somebody is at work, and it shall not wait.
+    """
     workspace.state.mkdir(parents=True, exist_ok=True)
     with (workspace.state / "ingest.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise
             lock.seek(0)
             who = lock.read().strip() or "another process"
             console.note(f"ingest: {who} is at work on this store, waiting for it")

@@ -70,6 +70,15 @@ class Scan:
         rows[known[~same]] = -1
         return rows
 
+    def paths(self, folders: set[str]) -> set[tuple[str, str]]:
+        """(folder, path) of every file known in these folders."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        here = self.table.filter(pc.is_in(self.table["folder"], value_set=pa.array(list(folders))))
+        columns = (here[name].to_pylist() for name in ("folder", "path"))
+        return set(zip(*columns, strict=True))
+
     @cached_property
     def bare(self) -> NDArray[np.bool_]:
         """Rows of images without labels of their own, of which ingest.about says no sensor."""

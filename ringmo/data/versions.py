@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 REMOTE = "main"
+ANEW = "all imagery is taken in"  # why a stage runs although DVC sees no change
 # Seconds to find that a store does not answer; DVC's own default is minutes, several times over.
 CONNECT_TIMEOUT_S = 10
 # What the lines of a remote that does not answer say, among everything DVC may complain of.
@@ -323,15 +324,18 @@ def changed(workspace: Workspace) -> dict[str, list[str]]:
     return reasons
 
 
-def repro_command(workspace: Workspace, stage: str) -> list[str]:
-    """The command that runs one stage if it changed, with this Python's `ringmo` first in PATH."""
+def repro_command(workspace: Workspace, stage: str, why: Sequence[str] = ()) -> list[str]:
+    """The command that runs one stage if it changed, with this Python's `ringmo` first in PATH.
+
+    why: with ANEW in it the stage runs whatever DVC finds, and whatever result DVC remembers.
+    """
     here = Path(sys.executable).parent
     return [
         "/usr/bin/env",
         f"PATH={here}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         f"RINGMO_WORKSPACE={workspace.root}",
         *_python_dvc(workspace),
-        *("--wait-for-lock", "repro", "--single-item", stage),
+        *("--wait-for-lock", "repro", "--single-item", *["--force"] * (ANEW in why), stage),
     ]
 
 

@@ -1,4 +1,5 @@
-"""What a promotion tells the world: a webhook, and Prefect. Kept on disk until it has arrived.
+"""What the world is told: of promotions a webhook and Prefect, of trouble who wants to know
+(`ringmo.notify`). Kept on disk until it has arrived.
 
 A message is written before its promotion is FINISHED and removed when it was taken, so each arrives
 at least once, and twice with the same id. What cannot be delivered waits in `.ringmo/outbox` and
@@ -32,8 +33,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ringmo import console
-from ringmo.config import Promotion, digest
+from ringmo import console, notify
+from ringmo.config import Config, Promotion, digest
 from ringmo.environment import PREFECT_API_URL, PREFECT_AUTH, TRACKING_URI, WEBHOOK_SECRET
 from ringmo.errors import BadInput
 from ringmo.registry.tracker import Tracker, local_server
@@ -41,8 +42,16 @@ from ringmo.stage import write_json
 from ringmo.workspace import Workspace
 
 EVENT = "ringmo.promotion"
+REGISTRY = "ringmo.registry"  # label of the event's resource: `registry`
 TIMEOUT_S = 2.0
 DELIVERY_S = 3.0
+WHO = {
+    "webhook": "the webhook",
+    "prefect": "Prefect",
+    "mail": "the mail server",
+    "slack": "the channel",
+    "notice": "the webhook",
+}
 WAITING = ("SCHEDULED", "PENDING", "PAUSED")  # states of a flow run that nothing works on
 
 
@@ -53,13 +62,18 @@ def check(settings: Promotion) -> None:
         BadInput: promotion.webhook is set, and there is no secret to sign with.
     """
     if settings.webhook is not None:
-        _secret()
+        secret("promotion.webhook")
 
 
 def question(tracker: Tracker, ref: str) -> str:
     """The tag of flow runs that wait for a person's word on a version of this registry."""
+    return f"{ref} {registry(tracker)}"
+
+
+def registry(tracker: Tracker) -> str:
+    """What tells this registry from others that tell the same Prefect."""
     where = tracker.uri if TRACKING_URI.read() else str(tracker.workspace.root)
-    return f"{ref} {digest(where)[:12]}"
+    return digest(where)[:12]
 
 
 def put(workspace: Workspace, settings: Promotion, entry: dict[str, Any], tracker: Tracker) -> None:
@@ -78,24 +92,31 @@ def put(workspace: Workspace, settings: Promotion, entry: dict[str, Any], tracke
         write_json(workspace.state / "outbox" / name, message)
 
 
-def deliver(workspace: Workspace, settings: Promotion) -> None:
-    """Send what waits. Says in a line what goes on waiting, and returns in any case."""
+def deliver(
+    workspace: Workspace, settings: Promotion | None, patience_s: float = DELIVERY_S
+) -> None:
+    """Send what waits. Says in a line what goes on waiting, and returns in any case.
+
+    settings: None, where they are as params.yaml says.
+    """
     if not any(_waiting(workspace)):
         return
     # A thread: the other side may answer so slowly that no single wait is ever too long.
     sending = threading.Thread(target=_send_all, args=(workspace, settings), daemon=True)
     sending.start()
-    sending.join(DELIVERY_S)
+    sending.join(patience_s)
     if sending.is_alive():
-        console.note("a message about the promotion takes long to deliver: it goes again later")
+        console.note("a message takes long to deliver: it goes again later")
 
 
 def _waiting(workspace: Workspace) -> list[Path]:
     return sorted((workspace.state / "outbox").glob("[!.]*.json"))
 
 
-def _send_all(workspace: Workspace, settings: Promotion) -> None:
+def _send_all(workspace: Workspace, settings: Promotion | None) -> None:
     refused: set[str] = set()
+    if settings is None:
+        settings = Config.load(workspace.params_file).promotion
     with contextlib.suppress(BlockingIOError), (workspace.state / "outbox.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # somebody else is sending just now
         for path in _waiting(workspace):
@@ -104,28 +125,34 @@ def _send_all(workspace: Workspace, settings: Promotion) -> None:
                 continue
             try:
                 message = json.loads(path.read_text())
-                if kind == "webhook":
-                    _send_webhook(settings, message)
-                else:
+                if kind == "prefect":
                     _send_prefect(workspace, message)
+                elif kind != "webhook":
+                    notify.send(kind, message)
+                elif settings.webhook is not None:  # else nobody is to be told any more
+                    send_webhook(settings.webhook, message)
             except (OSError, http.client.HTTPException, ValueError, BadInput) as error:
                 refused.add(kind)
                 count = sum(f".{kind}." in other.name for other in _waiting(workspace))
-                who = "the webhook" if kind == "webhook" else "Prefect"
                 console.note(
-                    f"{who} was not told of the promotion ({error}); {count} wait in "
-                    f"{path.parent} for the next promote, rollback or run"
+                    f"{WHO[kind]} was not told ({error}); {count} wait in {path.parent} for the "
+                    f"next promote, rollback or run"
                 )
             else:
                 path.unlink(missing_ok=True)
 
 
-def _secret() -> bytes:
+def secret(key: str) -> bytes:
+    """What signs a webhook's messages.
+
+    Raises:
+        BadInput: there is none, though `key` in params.yaml names a webhook.
+    """
     text = WEBHOOK_SECRET.read()
     if text is None:
         raise BadInput(
-            f"promotion.webhook is set, and there is no secret to sign with: set "
-            f"{WEBHOOK_SECRET.name}, or promotion.webhook to null"
+            f"{key} is set, and there is no secret to sign with: set {WEBHOOK_SECRET.name}, or "
+            f"{key} to null"
         )
     if not text.startswith("whsec_"):
         return text.encode()
@@ -135,19 +162,24 @@ def _secret() -> bytes:
         raise BadInput(f"{WEBHOOK_SECRET.name}: after whsec_ Base64 was expected") from None
 
 
-def _send_webhook(settings: Promotion, message: dict[str, Any]) -> None:
-    if settings.webhook is None:
-        return  # nobody is to be told any more
+def send_webhook(url: str, message: dict[str, Any]) -> None:
+    """Send a message's type, timestamp and data, signed.
+
+    Raises:
+        OSError, ValueError, BadInput: it did not arrive.
+    """
     body = json.dumps({name: message[name] for name in ("type", "timestamp", "data")}).encode()
     now = str(int(time.time()))
     signed = f"{message['id']}.{now}.".encode() + body
-    signature = base64.b64encode(hmac.new(_secret(), signed, hashlib.sha256).digest()).decode()
+    signature = base64.b64encode(
+        hmac.new(secret("a webhook"), signed, hashlib.sha256).digest()
+    ).decode()
     headers = {
         "webhook-id": message["id"],
         "webhook-timestamp": now,
         "webhook-signature": f"v1,{signature}",
     }
-    _post(settings.webhook, body, headers)
+    post(url, body, headers)
 
 
 def _send_prefect(workspace: Workspace, message: dict[str, Any]) -> None:
@@ -170,6 +202,7 @@ def _send_prefect(workspace: Workspace, message: dict[str, Any]) -> None:
         "resource": {
             "prefect.resource.id": f"ringmo.model.{data['model']}",
             "prefect.resource.name": data["model"],
+            REGISTRY: message["question"].rpartition(" ")[2],
         },
         "related": related,
         "payload": data,
@@ -201,7 +234,7 @@ def _ask_prefect(address: str, path: str, body: Any) -> Any:
     headers = {}
     if password := PREFECT_AUTH.read():
         headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
-    answer = _post(f"{address}/{path}", json.dumps(body).encode(), headers)
+    answer = post(f"{address}/{path}", json.dumps(body).encode(), headers)
     return json.loads(answer) if answer else None
 
 
@@ -210,7 +243,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Nowhere: what was signed for one address is not for another."""
 
 
-def _post(url: str, body: bytes, headers: dict[str, str]) -> bytes:
+def post(url: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """The answer to JSON that is posted. Redirects are not followed.
+
+    Raises:
+        OSError: no answer, or a status of 300 and more. ValueError: no http(s) address.
+    """
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError("neither http nor https")
     about = {"Content-Type": "application/json", "User-Agent": "ringmo", **headers}

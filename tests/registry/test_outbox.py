@@ -6,11 +6,10 @@ import hmac
 import json
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
+from receiver import Receiver
 
 from ringmo import config
 from ringmo.cli import main
@@ -20,35 +19,6 @@ from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace
 
 SECRET = "whsec_" + base64.b64encode(b"between us").decode()
-
-
-class Receiver:
-    """A real HTTP server that keeps what it is sent, and answers as it is told."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[dict[str, str], bytes]] = []
-        self.status, self.delay_s, self.to = 204, 0.0, ""
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                receiver.got.append((headers, body))
-                time.sleep(receiver.delay_s)
-                self.send_response(receiver.status)
-                if receiver.to:
-                    self.send_header("Location", receiver.to)
-                self.end_headers()
-
-            do_GET = do_POST
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/promotions"
-        Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
@@ -158,7 +128,7 @@ def test_nobody_else_is_told(three: Workspace, monkeypatch: Any) -> None:
     promote(three, 1)
     assert not (three.state / "outbox").exists()
     with pytest.raises(ValueError, match="neither http nor https"):
-        outbox._post("file:///etc/passwd", b"", {})
+        outbox.post("file:///etc/passwd", b"", {})
     for address in ("file:///etc/passwd", "ftp://a/b", "https://", "https://u:p@host/x"):
         with pytest.raises(BadInput, match=r"promotion\.webhook"):
             config.edit(three.params_file, {"promotion.webhook": address})
