@@ -144,6 +144,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write the passwords that docker-compose.yml asks for to .env, and nothing else",
     )
+    backup = verb("backup", _backup, "copy all that would be missed into one folder")
+    backup.add_argument("dir", metavar="DIR", help="a new folder, best on another disk")
+    restore = verb("restore", _restore, "bring a backup onto empty servers, into a workspace")
+    restore.add_argument("dir", metavar="DIR", help="what `backup` wrote")
     user = verb("user", _user, "an account on MLflow's server: who may look, run, promote")
     user.add_argument("name", metavar="NAME", help="of an account that is there, or shall be")
     user.add_argument(
@@ -448,6 +452,24 @@ def _deploy(arguments: Arguments) -> None:
         ("deployment", "schedule", "where"),
     )
     console.result({"deployments": rows, "services": running}, text)
+
+
+def _backup(arguments: Arguments) -> None:
+    from ringmo import backup
+
+    config, workspace = _open(arguments)
+    done = backup.backup(config, workspace, Path(arguments.dir))
+    following = f"copy {done['backup']} to another machine; back with `ringmo restore DIR`"
+    console.result(done, backup.text(done, following))
+
+
+def _restore(arguments: Arguments) -> None:
+    from ringmo import backup
+
+    root = Path(arguments.workspace or os.environ.get("RINGMO_WORKSPACE") or ".")
+    done = backup.restore(root, Path(arguments.dir))
+    following = f"start the servers, then `ringmo deploy --workspace {done['workspace']}`"
+    console.result(done, backup.text(done, following))
 
 
 def _user(arguments: Arguments) -> None:

@@ -55,6 +55,7 @@ USER_PASSWORD = Variable(
 BACKEND_STORE = Variable(
     "MLFLOW_BACKEND_STORE_URI", str, "database of an MLflow server", secret=True
 )
+S3_ENDPOINT = Variable("MLFLOW_S3_ENDPOINT_URL", str, "S3-compatible store of MLflow's artifacts")
 ARTIFACTS = Variable("MLFLOW_ARTIFACTS_DESTINATION", str, "where an MLflow server keeps artifacts")
 PREFECT_DATABASE = Variable(
     "PREFECT_SERVER_DATABASE_CONNECTION_URL", str, "database of a Prefect server", secret=True
@@ -77,7 +78,7 @@ VARIABLES = (
     Variable("PGHOST", str, "PostgreSQL's address, for a backup; so are PGPORT and PGUSER"),
     Variable("PGPASSWORD", str, "and its password", secret=True),
     Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", int, "seconds to wait for MLflow's answer (30)"),
-    Variable("MLFLOW_S3_ENDPOINT_URL", str, "S3-compatible store of MLflow's artifacts"),
+    S3_ENDPOINT,
     Variable("AWS_ACCESS_KEY_ID", str, "S3: sources, DVC remote, artifacts"),
     Variable("AWS_SECRET_ACCESS_KEY", str, "and its secret", secret=True),
     Variable("AWS_SESSION_TOKEN", str, "and its session, where credentials expire", secret=True),

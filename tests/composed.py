@@ -233,8 +233,6 @@ class Composed:
             # No socket: a folder for one is not everybody's to write in.
             command = ["postgres", "-D", POSTGRES_DATA, "-p", "5432"]
             command += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
-        if service == "s3":
-            command = ["weed", *command]
         return self._program(self._placed(service, command))
 
     def _program(self, command: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ VERBS = {
     "status": set(),
     "deploy": {"--init-env"},
     "user": {"--role"},
+    "backup": set(),
+    "restore": set(),
     "ingest": set(),
     "validate": set(),
     "select": set(),

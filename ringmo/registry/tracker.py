@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -541,7 +542,9 @@ class Accounts:
         if not _answers(self.uri):
             raise Unreachable(f"MLflow at {self.uri} does not answer ({TRACKING_URI.name})")
         _mlflow()
-        from mlflow.server.auth.client import AuthServiceClient
+        with warnings.catch_warnings():  # of the server's own parts, which come along
+            warnings.simplefilter("ignore")
+            from mlflow.server.auth.client import AuthServiceClient
 
         self._client = AuthServiceClient(self.uri)
 
