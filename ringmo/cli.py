@@ -551,7 +551,8 @@ def _training(
             return launch.follow(*_open(arguments), function, options)
     else:
         config, workspace = _open(arguments)
-        if (count := launch.processes(config.hardware)) > 1:
+        count = launch.processes(config.hardware)
+        if count > 1 or launch.several_machines():
             flags = ["--quiet"] * arguments.quiet + ["--json"] * arguments.json
             where = ["--workspace", str(workspace.root)]
             return launch.torchrun(count, [*again, *where, *flags])
