@@ -44,7 +44,9 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
                 **place,
             ),
             "ringmo-drift": ringmo_drift.to_deployment(
-                schedules=schedules["ringmo-drift"], parameters={"workspace": root}, **place
+                schedules=schedules["ringmo-drift"],
+                parameters={"workspace": root},
+                **place | {"job_variables": place["job_variables"] | pool.LIGHT},
             ),
         }
         ids = {flow: deployment.apply() for flow, deployment in made.items()}

@@ -262,7 +262,7 @@ class Places:
             BadInput: servers elsewhere are used, and nothing says where their databases are.
         """
         elsewhere = services.status(workspace)
-        database, artifacts = services.mlflow_store(workspace)
+        local = workspace.state / "mlflow"
         for name, variable, used in (
             ("mlflow", BACKEND_STORE, TRACKING_URI),
             ("prefect", PREFECT_DATABASE, PREFECT_API_URL),
@@ -276,9 +276,9 @@ class Places:
                 )
         home = Path(os.environ.get("PREFECT_HOME", workspace.state / "prefect"))
         return cls(
-            _database(BACKEND_STORE.read() or database),
+            _database(BACKEND_STORE.read() or f"sqlite:///{local / 'mlflow.db'}"),
             _database(PREFECT_DATABASE.read() or f"sqlite:///{home / 'prefect.db'}"),
-            _files(ARTIFACTS.read() or artifacts, S3_ENDPOINT.read()),
+            _files(ARTIFACTS.read() or str(local / "artifacts"), S3_ENDPOINT.read()),
         )
 
 
