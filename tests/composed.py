@@ -184,12 +184,17 @@ class Composed:
             shutil.rmtree(self.database, ignore_errors=True)
 
     def run(
-        self, *command: str, service: str = "worker", timeout: float = 600
+        self,
+        *command: str,
+        service: str = "worker",
+        timeout: float = 600,
+        more: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """A command beside a service, as `docker compose exec` or `run --rm` runs it."""
+        """A command beside a service, as `docker compose exec` or `run --rm` runs it; `more`: what
+        its image has beside the file's variables."""
         return subprocess.run(
             self._program(self._placed(service, list(command))),
-            env=self.environment(service),
+            env=self.environment(service) | dict(more or {}),
             cwd=self._folder(service),
             capture_output=True,
             text=True,
