@@ -10,6 +10,8 @@ COMPOSE_FILE = "docker-compose.yml"
 TEMPLATE = """\
 # Read by `docker compose`. Made by `ringmo deploy --init-env`; whoever can read this can do all.
 
+# What volumes and containers are called for.
+COMPOSE_PROJECT_NAME=ringmo
 # cpu, or gpu where this machine has NVIDIA's container toolkit.
 COMPOSE_PROFILES=cpu
 # Imagery to train on, seen as /imagery inside; where `backup` writes, seen as /backups.
