@@ -69,7 +69,7 @@ def ask(workspace: Workspace, ref: str, reasons: list[str]) -> str | None:
     version = listing.resolve(workspace, ref, tracker)
     tag = outbox.question(tracker, str(version))
     services.up(config, workspace, worker=True)
-    place = {"working_dir": str(workspace.root), "env": _told_to_worker()}
+    place = {"working_dir": str(workspace.root), "env": _told_to_worker(), **pool.LIGHT}
     with get_client(sync_client=True) as client:
         pool.ensure(client)
         asked = _open_runs(client, tag)

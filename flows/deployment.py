@@ -72,14 +72,20 @@ def _wanted(
 ) -> Iterator[RunnerDeployment]:
     crons, root = config.schedule, str(workspace.root)
 
-    def made(flow: Any, overlap: str = "queue", **more: Any) -> RunnerDeployment:
+    def made(
+        flow: Any, overlap: str = "queue", light: bool = False, **more: Any
+    ) -> RunnerDeployment:
         deployment: RunnerDeployment = flow.to_deployment(
             name=name,
             work_pool_name=work_pool,
             concurrency_limit=turns.options(overlap),
             entrypoint_type=EntrypointType.MODULE_PATH,
             # A worker that somebody else started does not know our times.
-            job_variables={"working_dir": root, "env": dict(PATIENCE)},
+            job_variables={
+                "working_dir": root,
+                "env": dict(PATIENCE),
+                **(pool.LIGHT if light else {}),
+            },
             tags=[TAG],
             **{"parameters": {"workspace": root}, "triggers": [], **more},
         )
@@ -99,9 +105,11 @@ def _wanted(
         triggers=signals,
     )
     # They look, and look again soon: one that waits would find what the one before it found.
-    yield made(ringmo_check, "skip", schedules=_schedules(config, "schedule.check", crons.check))
+    checks = _schedules(config, "schedule.check", crons.check)
+    yield made(ringmo_check, "skip", light=True, schedules=checks)
     yield made(
         drift.ringmo_drift,
+        light=True,
         schedules=_schedules(config, "monitoring.cron", config.monitoring.cron),
     )
     if crons.uploads:
@@ -110,6 +118,7 @@ def _wanted(
         yield made(
             uploads.ringmo_uploads,
             "skip",
+            light=True,
             schedules=_schedules(config, "schedule.uploads", crons.uploads),
             triggers=[
                 DeploymentEventTrigger(

@@ -7,6 +7,10 @@ from prefect.exceptions import ObjectNotFound
 
 from ringmo.services import WORK_POOL
 
+# Job variables of a flow that trains nothing: on Kubernetes (deploy/kubernetes/pool.json) its job
+# waits for no GPU. Other kinds of pools know no such variable, and pass it over.
+LIGHT = {"gpus": "0"}
+
 
 def ensure(client: Any) -> str:
     """Its name, once it is there."""

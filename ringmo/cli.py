@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ringmo.workspace import Workspace
 
 Arguments = argparse.Namespace
+ROLES = ("look", "run", "promote")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Tables of a report that are worth a look at a stage's end, from two rows on; a long one is in its
 # files.
@@ -126,10 +127,36 @@ def build_parser() -> argparse.ArgumentParser:
 
     init = verb("init", _init, "make a workspace")
     init.add_argument("dir", metavar="DIR")
+    init.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="values of its params.yaml that are not the usual ones",
+    )
     verb("up", _up, "start the local MLflow and Prefect servers and a worker")
     verb("down", _down, "end what `up` and `run` started")
     verb("status", _status, "what runs where")
-    verb("deploy", _deploy, "create the scheduled flows of params.yaml in Prefect")
+    deploy = verb("deploy", _deploy, "create the scheduled flows of params.yaml in Prefect")
+    deploy.add_argument(
+        "--init-env",
+        action="store_true",
+        help="write the passwords that docker-compose.yml asks for to .env, and nothing else",
+    )
+    backup = verb("backup", _backup, "copy all that would be missed into one folder")
+    backup.add_argument("dir", metavar="DIR", help="a new folder, best on another disk")
+    restore = verb("restore", _restore, "bring a backup onto empty servers, into a workspace")
+    restore.add_argument("dir", metavar="DIR", help="what `backup` wrote")
+    user = verb("user", _user, "an account on MLflow's server: who may look, run, promote")
+    user.add_argument("name", metavar="NAME", help="of an account that is there, or shall be")
+    user.add_argument(
+        "--role",
+        metavar="ROLE",
+        choices=ROLES,
+        required=True,
+        help="look: read all; run: and log runs; promote: and register, promote, roll back",
+    )
 
     verb("ingest", _ingest, "read new imagery into the tile store and version it")
     verb("validate", _validate, "check the data version against the rules")
@@ -367,9 +394,13 @@ def _source(text: str) -> str:
 
 
 def _init(arguments: Arguments) -> None:
-    from ringmo.workspace import init
+    from ringmo import config as configuration
+    from ringmo.workspace import init, template
 
+    changes = dict(configuration.parse_assignment(text) for text in arguments.set)
+    configuration.edited(template("params.yaml"), changes)  # before anything is made
     made = init(Path(arguments.dir))
+    configuration.edit(made.params_file, changes)
     console.result(
         {"workspace": str(made.root)},
         f"A workspace in {made.root}\nNext: cd {arguments.dir} && ringmo run --data FOLDER",
@@ -401,6 +432,15 @@ def _status(arguments: Arguments) -> None:
 
 
 def _deploy(arguments: Arguments) -> None:
+    if arguments.init_env:
+        from ringmo import compose_env
+
+        path = compose_env.write(Path.cwd())
+        console.result(
+            {"env": str(path)},
+            f"{path}: random passwords, for you alone to read\nNext: docker compose up -d --build",
+        )
+        return
     from ringmo import services
 
     config, workspace = _open(arguments)
@@ -417,6 +457,31 @@ def _deploy(arguments: Arguments) -> None:
         ("deployment", "schedule", "for", "where"),
     )
     console.result({"deployments": rows, "services": running}, text)
+
+
+def _backup(arguments: Arguments) -> None:
+    from ringmo import backup
+
+    config, workspace = _open(arguments)
+    done = backup.backup(config, workspace, Path(arguments.dir))
+    following = f"copy {done['backup']} to another machine; back with `ringmo restore DIR`"
+    console.result(done, backup.text(done, following))
+
+
+def _restore(arguments: Arguments) -> None:
+    from ringmo import backup
+
+    root = Path(arguments.workspace or os.environ.get("RINGMO_WORKSPACE") or ".")
+    done = backup.restore(root, Path(arguments.dir))
+    following = f"start the servers, then `ringmo deploy --workspace {done['workspace']}`"
+    console.result(done, backup.text(done, following))
+
+
+def _user(arguments: Arguments) -> None:
+    from ringmo.registry import roles
+
+    made = roles.give(arguments.name, arguments.role)
+    console.result(made, roles.text(made))
 
 
 # One step each
@@ -491,7 +556,8 @@ def _training(
             return launch.follow(*_open(arguments), function, options)
     else:
         config, workspace = _open(arguments)
-        if (count := launch.processes(config.hardware)) > 1:
+        count = launch.processes(config.hardware)
+        if count > 1 or launch.several_machines():
             flags = ["--quiet"] * arguments.quiet + ["--json"] * arguments.json
             where = ["--workspace", str(workspace.root)]
             return launch.torchrun(count, [*again, *where, *flags])

@@ -27,11 +27,20 @@ WORKSPACE = Variable("RINGMO_WORKSPACE", str, "the workspace, where --workspace 
 TRACKING_URI = Variable(
     "MLFLOW_TRACKING_URI", str, "MLflow's server; unset: the one of `ringmo up`, else SQLite"
 )
+TRACKING_USERNAME = Variable(
+    "MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"
+)
+TRACKING_PASSWORD = Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True)
 PREFECT_API_URL = Variable(
     "PREFECT_API_URL", str, "Prefect's server; unset: the one of `ringmo up`, else a temporary one"
 )
 PREFECT_AUTH = Variable(
     "PREFECT_API_AUTH_STRING", str, "user:password of a Prefect server with basic auth", secret=True
+)
+WORKER = Variable(
+    "RINGMO_WORKER",
+    str,
+    "`elsewhere`: others run Prefect's workers; unset: what needs one starts it here",
 )
 WEBHOOK_SECRET = Variable(
     *("RINGMO_WEBHOOK_SECRET", str, "signs what promotion.webhook and notify.webhook are sent"),
@@ -47,20 +56,39 @@ SLACK_URL = Variable(
 SERVE_TOKEN = Variable(
     "RINGMO_SERVE_TOKEN", str, "what `ringmo serve` wants to hear from whoever asks", secret=True
 )
+USER_PASSWORD = Variable(
+    "RINGMO_USER_PASSWORD", str, "for `ringmo user`; unset: it makes one up", secret=True
+)
+# What the servers themselves are told: `ringmo backup` reads the same.
+BACKEND_STORE = Variable(
+    "MLFLOW_BACKEND_STORE_URI", str, "database of an MLflow server", secret=True
+)
+S3_ENDPOINT = Variable("MLFLOW_S3_ENDPOINT_URL", str, "S3-compatible store of MLflow's artifacts")
+ARTIFACTS = Variable("MLFLOW_ARTIFACTS_DESTINATION", str, "where an MLflow server keeps artifacts")
+PREFECT_DATABASE = Variable(
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL", str, "database of a Prefect server", secret=True
+)
 
 VARIABLES = (
     WORKSPACE,
     TRACKING_URI,
     PREFECT_API_URL,
     PREFECT_AUTH,
+    WORKER,
     WEBHOOK_SECRET,
     SMTP_URL,
     SLACK_URL,
     SERVE_TOKEN,
-    Variable("MLFLOW_TRACKING_USERNAME", str, "user of an MLflow server with basic auth"),
-    Variable("MLFLOW_TRACKING_PASSWORD", str, "and the password", secret=True),
+    USER_PASSWORD,
+    BACKEND_STORE,
+    ARTIFACTS,
+    PREFECT_DATABASE,
+    TRACKING_USERNAME,
+    TRACKING_PASSWORD,
+    Variable("PGHOST", str, "PostgreSQL's address, for a backup; so are PGPORT and PGUSER"),
+    Variable("PGPASSWORD", str, "and its password", secret=True),
     Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", int, "seconds to wait for MLflow's answer (30)"),
-    Variable("MLFLOW_S3_ENDPOINT_URL", str, "S3-compatible store of MLflow's artifacts"),
+    S3_ENDPOINT,
     Variable("AWS_ACCESS_KEY_ID", str, "S3: sources, DVC remote, artifacts"),
     Variable("AWS_SECRET_ACCESS_KEY", str, "and its secret", secret=True),
     Variable("AWS_SESSION_TOKEN", str, "and its session, where credentials expire", secret=True),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.environment import quiet_telemetry
+from ringmo.environment import WORKER, quiet_telemetry
 from ringmo.errors import BadInput, Unreachable
 from ringmo.process_group import born, end_group
 from ringmo.stage import write_json
@@ -73,7 +73,7 @@ def up(config: "Config", workspace: Workspace, *, worker: bool = False) -> dict[
                         _check_elsewhere(name, url)
                 else:
                     _wait(workspace, name, running[name])
-            if worker and "worker" not in running:
+            if worker and "worker" not in running and WORKER.read() != "elsewhere":
                 running["worker"] = _start_worker(workspace)
                 write_json(_record(workspace), running)
         except BaseException:

@@ -15,11 +15,14 @@ from ringmo.workspace import Workspace
 
 VERBS = {
     "run": {"--data", "--recipe", "--set", "--task", "--dry-run"},
-    "init": set(),
+    "init": {"--set"},
     "up": set(),
     "down": set(),
     "status": set(),
-    "deploy": set(),
+    "deploy": {"--init-env"},
+    "user": {"--role"},
+    "backup": set(),
+    "restore": set(),
     "ingest": set(),
     "validate": set(),
     "select": set(),

@@ -112,6 +112,21 @@ class Bucket:
             time.sleep(pause)
             pause *= 2
 
+    def put(self, path: str, source: Path) -> None:
+        """Bring a file there; a large one goes in parts, and is there when the last has come.
+
+        Raises:
+            BadInput, Unreachable: as with `objects`.
+        """
+        from boto3.exceptions import S3UploadFailedError
+
+        with self._errors():
+            try:
+                self._client.upload_file(str(source), self.name, self.prefix + path)
+            except S3UploadFailedError as error:
+                # It hides what went wrong behind one of its own.
+                raise error.__context__ or error from None
+
     def opened(self, path: str) -> "OpenObject | None":
         """An object, of which what is read is brought; None: there is none of this very key.
 

@@ -13,16 +13,23 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringmo.environment import TRACKING_URI, quiet_telemetry
+from ringmo.environment import (
+    TRACKING_PASSWORD,
+    TRACKING_URI,
+    TRACKING_USERNAME,
+    quiet_telemetry,
+)
 from ringmo.errors import BadInput, Unreachable
 from ringmo.workspace import Workspace
 
 PROBE_S = 3.0  # how long a server may take to say that it lives
+ROLE_PREFIX = "ringmo-"  # of the roles that are ours to give and take
 LOG_BATCH = 1000  # metrics a call that MLflow takes
 
 EXPERIMENTS_FOLDER = "artifacts"
@@ -171,28 +178,8 @@ class Tracker:
                     self._client.search_experiments(max_results=1)
         self.opened = time.monotonic()  # importing MLflow, bit by bit, is over
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """MLflow's many exceptions as one line of ours."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except MlflowException as error:
-            line = _first_line(error.message)
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise BadInput(f"MLflow at {self.uri}: {line}") from None
-            raise Unreachable(f"MLflow at {self.uri}: {line}") from None
-        except (SQLAlchemyError, OSError) as error:
-            raise Unreachable(f"MLflow at {self.uri}: {_first_line(error)}") from None
-        except Exception as error:
-            # An artifact store in S3 is written by boto3, whose errors have no common ancestor.
-            if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
-                raise
-            raise Unreachable(
-                f"the artifact store of MLflow at {self.uri}: {_first_line(error)}"
-            ) from None
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        return _asking(self.uri)
 
     def claim_name(self, name: str, tags: Mapping[str, Any]) -> bool:
         """Whether the name is ours: of all who claim one, on any machine, exactly one gets it.
@@ -539,6 +526,130 @@ class Tracker:
                 artifact_uri=f"{uri}/{name}", dst_path=str(into / above), tracking_uri=self.uri
             )
         return Path(fetched)
+
+
+class Accounts:
+    """Who may do what on the MLflow server of MLFLOW_TRACKING_URI, asked in an admin's name.
+
+    Raises:
+        BadInput: no server is named, or it keeps no accounts. Unreachable: it does not answer.
+    """
+
+    def __init__(self) -> None:
+        self.uri = TRACKING_URI.read() or ""
+        if not self.uri.startswith("http"):
+            raise BadInput(f"{TRACKING_URI.name} names no server: only a server has accounts")
+        if not _answers(self.uri):
+            raise Unreachable(f"MLflow at {self.uri} does not answer ({TRACKING_URI.name})")
+        _mlflow()
+        with warnings.catch_warnings():  # of the server's own parts, which come along
+            warnings.simplefilter("ignore")
+            from mlflow.server.auth.client import AuthServiceClient
+
+        self._client = AuthServiceClient(self.uri)
+
+    def role(self, name: str, grants: Mapping[str, str]) -> int:
+        """Id of a role with just these grants: kind of thing → READ, USE, EDIT, MANAGE."""
+        with _asking(self.uri):
+            roles = {role.name: role for role in self._client.list_roles("default")}
+            role = roles.get(name) or self._client.create_role("default", name)
+            had = self._client.list_role_permissions(role.id)
+            for one in had:
+                if one.resource_pattern != "*" or grants.get(one.resource_type) != one.permission:
+                    self._client.remove_role_permission(one.id)
+            there = {
+                one.resource_type: one.permission for one in had if one.resource_pattern == "*"
+            }
+            for kind, permission in grants.items():
+                if there.get(kind) != permission:
+                    self._client.add_role_permission(role.id, kind, "*", permission)
+        return int(role.id)
+
+    def user(self, name: str, password: str | None, role: int) -> bool:
+        """An account with just this role; whether it was made now. One that is there keeps its
+        password where none is given."""
+        from mlflow.exceptions import MlflowException
+
+        with _asking(self.uri):
+            try:
+                self._client.get_user(name)
+                made = False
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self._client.create_user(name, password or "")
+                made = True
+            if password and not made:
+                self._client.update_user_password(name, password)
+            # What MLflow gives to whoever makes an experiment is such a role too, and stays.
+            held = {one.id: one.name for one in self._client.list_user_roles(name)}
+            if role not in held:
+                self._client.assign_role(name, role)
+            for other, called in held.items():
+                if other != role and called.startswith(ROLE_PREFIX):
+                    self._client.unassign_role(name, other)
+        return made
+
+    def has(self, name: str) -> bool:
+        """Whether there is an account of this name."""
+        from mlflow.exceptions import MlflowException
+
+        with _asking(self.uri):
+            try:
+                self._client.get_user(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    """MLflow's many exceptions as one line of ours."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except MlflowException as error:
+        line = _first_line(error.message)
+        if error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
+            raise _refused(uri, error.error_code, error.message) from None
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise BadInput(f"MLflow at {uri}: {line}") from None
+        raise Unreachable(f"MLflow at {uri}: {line}") from None
+    except HTTPError as error:  # an artifact, on its way through the server
+        codes = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED"}
+        if error.response is not None and error.response.status_code in codes:
+            raise _refused(uri, codes[error.response.status_code], error.response.text) from None
+        raise Unreachable(f"MLflow at {uri}: {_first_line(error)}") from None
+    except (SQLAlchemyError, OSError) as error:
+        raise Unreachable(f"MLflow at {uri}: {_first_line(error)}") from None
+    except Exception as error:
+        # An artifact store in S3 is written by boto3, whose errors have no common ancestor.
+        if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
+            raise
+        raise Unreachable(f"the artifact store of MLflow at {uri}: {_first_line(error)}") from None
+
+
+def _refused(uri: str, code: str, said: str) -> BadInput:
+    if "Invalid Host header" in said:
+        return BadInput(
+            f"MLflow at {uri} does not know itself by this name: "
+            f"whoever runs it adds it to MLFLOW_SERVER_ALLOWED_HOSTS"
+        )
+    if code == "UNAUTHENTICATED":
+        return BadInput(
+            f"MLflow at {uri} wants a name and its password: "
+            f"set {TRACKING_USERNAME.name} and {TRACKING_PASSWORD.name}"
+        )
+    who = TRACKING_USERNAME.read() or "who asks"
+    return BadInput(
+        f"MLflow at {uri}: {who} may not do this: an admin gives another role with "
+        f"`ringmo user {TRACKING_USERNAME.read() or 'NAME'} --role ROLE`"
+    )
 
 
 def _first_line(error: object) -> str:

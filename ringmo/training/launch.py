@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 8 -m ringmo pretrain        the same by hand
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-endpoint HOST:PORT --rdzv-backend c10d \\
         -m ringmo pretrain                                on each of four machines
+    PET_NNODES=4 PET_NODE_RANK=0 PET_MASTER_ADDR=HOST PET_MASTER_PORT=29500 ringmo pretrain
+                                                          the same, each machine with its rank
 """
 
 import ctypes
@@ -38,6 +40,11 @@ def follow(config: Config, workspace: Workspace, function: str, options: dict[st
     return 0
 
 
+def several_machines() -> bool:
+    """Whether torchrun's own variables name more than this machine."""
+    return os.environ.get("PET_NNODES", "1") != "1"
+
+
 def processes(hardware: Hardware) -> int:
     """How many processes this training wants on this machine.
 
@@ -62,6 +69,8 @@ def processes(hardware: Hardware) -> int:
 def torchrun(count: int, arguments: list[str]) -> int:
     """Run `ringmo ARGUMENTS` in so many processes and wait for them; returns the exit code.
 
+    With PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT set they join those of
+    other machines.
     It is torchrun's own function, called here, since its command turns every failure into 1.
     SIGTERM is passed on; the workers get half a minute to save.
     """
@@ -71,7 +80,8 @@ def torchrun(count: int, arguments: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    how = ["--standalone", "--nproc-per-node", str(count), "-m", "ringmo"]
+    how = [] if several_machines() else ["--standalone"]
+    how += ["--nproc-per-node", str(count), "-m", "ringmo"]
     try:
         run.run(run.parse_args([*how, *arguments]))  # type: ignore[no-untyped-call]
     except SignalException as stopped:
