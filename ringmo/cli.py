@@ -129,6 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb("up", _up, "start the local MLflow and Prefect servers and a worker")
     verb("down", _down, "end what `up` and `run` started")
     verb("status", _status, "what runs where")
+    clean = verb("clean", _clean, "remove what no champion and none of the last runs needs")
+    clean.add_argument("--dry-run", action="store_true", help="say what would go")
+    clean.add_argument(
+        "--shared",
+        action="store_true",
+        help="also what other workspaces may use: the DVC remote, a cache outside, MLflow's server",
+    )
     verb("deploy", _deploy, "create the scheduled flows of params.yaml in Prefect")
 
     verb("ingest", _ingest, "read new imagery into the tile store and version it")
@@ -396,6 +403,14 @@ def _status(arguments: Arguments) -> None:
     _, workspace = _open(arguments)
     running = services.status(workspace)
     console.result({"services": running}, services.status_text(running))
+
+
+def _clean(arguments: Arguments) -> None:
+    from ringmo import cleaning
+
+    config, workspace = _open(arguments)
+    done = cleaning.clean(config, workspace, dry_run=arguments.dry_run, shared=arguments.shared)
+    console.result(done, cleaning.text(done))
 
 
 def _deploy(arguments: Arguments) -> None:

@@ -116,6 +116,16 @@ def figure(value: float | None, unit: str = "%", *, points: bool = False) -> str
     return f"{100 * value:.1f} {'points' if points else unit}"
 
 
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.1f} {unit}"
+
+
 def interval(
     value: float | None,
     low: float | None,

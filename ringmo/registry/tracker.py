@@ -29,6 +29,7 @@ EXPERIMENTS_FOLDER = "artifacts"
 BUNDLE = "data/bundle"  # of a version's files
 BUNDLE_FILES = ("model.safetensors", "model.json")
 GENERATED = "generated"
+CLEANED = "cleaned"  # tag: the day on which `ringmo clean` removed the files
 
 
 def tracking_uri(workspace: Workspace) -> str:
@@ -112,6 +113,12 @@ class Version:
     @property
     def bundle_hash(self) -> str:
         return self.tags.get("bundle_hash", "")
+
+    @property
+    def cleaned(self) -> str | None:
+        """Why its files are gone, if `ringmo clean` removed them; its tags still tell the rest."""
+        day = self.tags.get(CLEANED)
+        return f"{self}: its files were cleaned on {day} (`ringmo clean`)" if day else None
 
     @property
     def generated(self) -> bool:
@@ -374,6 +381,47 @@ class Tracker:
         with self._asking():
             return str(self._client.get_run(run_id).info.artifact_uri)
 
+    def experiments(self) -> list[str]:
+        """Names of the experiments that are there and not deleted."""
+        with self._asking():
+            found: list[str] = []
+            token = None
+            while True:
+                page = self._client.search_experiments(page_token=token)
+                found += [one.name for one in page]
+                token = page.token
+                if not token:
+                    return found
+
+    def artifact_bytes(self, run_id: str) -> int:
+        """The size of all that a run keeps."""
+        uri = self.artifact_uri(run_id)
+        local = Path(uri.removeprefix("file://"))
+        if local.is_absolute():
+            return sum(p.stat().st_size for p in local.rglob("*") if p.is_file())
+        ahead, size = [""], 0
+        with self._asking():
+            while ahead:
+                for one in self._client.list_artifacts(run_id, ahead.pop() or None):
+                    if one.is_dir:
+                        ahead.append(one.path)
+                    else:
+                        size += one.file_size or 0
+        return size
+
+    def remove_artifacts(self, run_id: str) -> None:
+        """Remove all that a run keeps. Its parameters, figures and tags stay.
+
+        Raises:
+            Unreachable: the artifact store does not answer, or refuses.
+        """
+        _mlflow()
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        uri = self.artifact_uri(run_id)
+        with self._asking():
+            get_artifact_repository(uri, tracking_uri=self.uri).delete_artifacts()
+
     # Registered models
 
     def create_version(
@@ -467,6 +515,8 @@ class Tracker:
         return self._folder(version, "lineage", "lineage")
 
     def _folder(self, version: Version, name: str, place: str) -> Path:
+        if version.cleaned:
+            raise BadInput(version.cleaned)
         uri = f"{version.source.rstrip('/')}/{name}"
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
@@ -494,6 +544,8 @@ class Tracker:
         Raises:
             BadInput: its files are gone from where they are kept. Unreachable: cannot look now.
         """
+        if version.cleaned:
+            raise BadInput(version.cleaned)
         uri = f"{version.source.rstrip('/')}/{BUNDLE}"
         if Path(uri.removeprefix("file://")).is_absolute():
             return self.bundle_folder(version)
@@ -520,7 +572,7 @@ class Tracker:
         Raises:
             Unreachable: it cannot be fetched now.
         """
-        if not version.run_id:
+        if not version.run_id or version.cleaned:
             return None
         uri = version.source.rstrip("/")
         local = Path(uri.removeprefix("file://"))
