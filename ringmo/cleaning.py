@@ -16,6 +16,7 @@ Without `shared` nothing outside the workspace's folder is touched.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -37,9 +38,11 @@ from ringmo.registry import forward
 from ringmo.registry.origins import ENCODER, STORE, Origins
 from ringmo.registry.tracker import CLEANED, Run, Tracker, Version, claim
 from ringmo.stage import Report
+from ringmo.status import running
 from ringmo.workspace import CHAMPION, Workspace
 
 POLL_S = 2.0
+CHAIN_LOCK = "chain.lock"  # what a run of the chain holds
 LOG_BYTES, LOG_KEPT = 10_000_000, 1_000_000  # a server's log that is larger is cut to its end
 LEFT_S = 3600.0  # what a killed command left under a temporary name
 DAY_S = 86400.0
@@ -146,34 +149,20 @@ def clean(
 
 def at_work(workspace: Workspace) -> list[str]:
     """Whoever trains, registers or runs the chain in this workspace, in words."""
-    rows = {row["pid"]: f"{row['stage']} (process {row['pid']})" for row in _running(workspace)}
+    rows = {row["pid"]: f"{row['stage']} (process {row['pid']})" for row in running(workspace)}
     for pid, command, lives in versions.at_work(workspace):
         if lives and pid != os.getpid():
             rows.setdefault(pid, f"`{command}` (process {pid})")
     said = list(rows.values())
+    if _held(workspace.state / CHAIN_LOCK) and not said:
+        said.append("a run of the chain")
     for lock in sorted((workspace.state / "reproduced").glob("*/.ringmo/reproduce.lock")):
         if _held(lock):
             said.append(f"reproduce of {lock.parents[1].name}")
     return said
 
 
-def _running(workspace: Workspace) -> list[dict[str, Any]]:
-    """Chains, stages and trainings whose process lives: stage, pid."""
-    import psutil
-
-    rows = [row for row in forward.running(workspace) if row["pid"] != os.getpid()]
-    for path in sorted((workspace.state / "running").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
-            said = json.loads(path.read_text())
-            # One that was started later is a stranger with the same number.
-            if psutil.Process(said["pid"]).create_time() <= path.stat().st_mtime + 1:
-                rows.append({"stage": said["stage"], "pid": said["pid"]})
-    return rows
-
-
 def _held(lock: Path) -> bool:
-    import fcntl
-
     try:
         with lock.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -192,6 +181,7 @@ def _undisturbed(workspace: Workspace) -> Iterator[None]:
         while True:
             with contextlib.ExitStack() as locks:
                 if not at_work(workspace):
+                    locks.enter_context(_chain(workspace))
                     locks.enter_context(alone(workspace))
                     locks.enter_context(claim(workspace.state / "registry.lock"))
                     locks.enter_context(versions.alone(workspace))
@@ -203,6 +193,14 @@ def _undisturbed(workspace: Workspace) -> Iterator[None]:
                 console.note(f"clean: waiting for {'; '.join(who)}")
                 told = who
             time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _chain(workspace: Workspace) -> Iterator[None]:
+    """No run of the chain begins meanwhile. The file's words are left: they are of a run."""
+    with (workspace.state / CHAIN_LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # What stays

@@ -129,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb("up", _up, "start the local MLflow and Prefect servers and a worker")
     verb("down", _down, "end what `up` and `run` started")
     verb("status", _status, "what runs where")
+    verb("doctor", _doctor, "what is missing or odd on this machine and here, and how to mend it")
     clean = verb("clean", _clean, "remove what no champion and none of the last runs needs")
     clean.add_argument("--dry-run", action="store_true", help="say what would go")
     clean.add_argument(
@@ -398,11 +399,19 @@ def _down(arguments: Arguments) -> None:
 
 
 def _status(arguments: Arguments) -> None:
-    from ringmo import services
+    from ringmo import status
+    from ringmo.workspace import Workspace
 
-    _, workspace = _open(arguments)
-    running = services.status(workspace)
-    console.result({"services": running}, services.status_text(running))
+    state = status.look(Workspace.find(arguments.workspace))
+    console.result(state, status.text(state))
+
+
+def _doctor(arguments: Arguments) -> int:
+    from ringmo import doctor
+
+    findings = doctor.examine(arguments.workspace)
+    console.result(doctor.result(findings), doctor.text(findings))
+    return 1 if doctor.problems(findings) else 0
 
 
 def _clean(arguments: Arguments) -> None:

@@ -49,7 +49,7 @@ def up(config: "Config", workspace: Workspace, *, worker: bool = False) -> dict[
         for name in ("mlflow", "prefect"):
             if name not in running and not _elsewhere(name):
                 port = getattr(config.services, f"{name}_port")
-                _check_port(name, port)
+                check_port(name, port)
                 started.append(name)
         for name in started:
             running[name] = _start(workspace, name, getattr(config.services, f"{name}_port"))
@@ -146,6 +146,15 @@ def _elsewhere(name: str) -> str | None:
     return os.environ.get(variable) if variable else None
 
 
+def recorded(workspace: Workspace) -> dict[str, Any]:
+    """Name → url, pid and more of each service that was started here and not ended by `down`."""
+    try:
+        found: dict[str, Any] = json.loads(_record(workspace).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
+
+
 def _alive(workspace: Workspace) -> dict[str, Any]:
     """Recorded services whose process still is the one that was started."""
     import psutil
@@ -164,7 +173,12 @@ def _alive(workspace: Workspace) -> dict[str, Any]:
     return alive
 
 
-def _check_port(name: str, port: int) -> None:
+def check_port(name: str, port: int) -> None:
+    """Whether a service of this workspace may listen there.
+
+    Raises:
+        BadInput: another program does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,6 +3,7 @@
 The only module that imports mlflow, and only where it is used: the import costs seconds.
 """
 
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import shutil
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -591,6 +593,104 @@ class Tracker:
                 artifact_uri=f"{uri}/{name}", dst_path=str(into / above), tracking_uri=self.uri
             )
         return Path(fetched)
+
+
+class Glance:
+    """Champions and unfinished promotions, told in a moment: to import MLflow takes seconds.
+
+    A server is asked by its REST interface; an SQLite file is read. Any other database is asked
+    through MLflow after all.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.uri = TRACKING_URI.read() or _sqlite(workspace)
+
+    def aliased(self) -> list[dict[str, Any]]:
+        """model, version, alias and created (Unix seconds) of each version that bears an alias.
+
+        Raises:
+            Unreachable: the server does not answer, refuses, or the file cannot be read.
+        """
+        if self.uri.startswith("http"):
+            found = self._ask("registered-models/search?max_results=1000", None)
+            rows = []
+            for model in found.get("registered_models", []):
+                for alias in model.get("aliases", []):
+                    name, number = model["name"], alias["version"]
+                    query = urllib.parse.urlencode({"name": name, "version": number})
+                    version = self._ask(f"model-versions/get?{query}", None)["model_version"]
+                    rows.append((name, int(number), alias["alias"], version["creation_timestamp"]))
+        elif self.uri.startswith("sqlite"):
+            rows = self._rows(
+                "SELECT a.name, a.version, a.alias, v.creation_time "
+                "FROM registered_model_aliases a "
+                "JOIN model_versions v ON v.name = a.name AND v.version = a.version"
+            )
+        else:
+            tracker = Tracker(self.workspace)
+            rows = [
+                (version.model, version.version, alias, version.created * 1000)
+                for model in tracker.models()
+                for version in tracker.versions(model)
+                for alias in version.aliases
+            ]
+        names = ("model", "version", "alias", "created")
+        return [
+            dict(zip(names, (*row[:3], float(row[3]) / 1000), strict=True)) for row in sorted(rows)
+        ]
+
+    def claims(self, prefix: str) -> list[dict[str, str]]:
+        """Tags of each claim that begins with `prefix` and is not retired: see `Tracker.claims`.
+
+        Raises:
+            Unreachable: as `aliased`.
+        """
+        if self.uri.startswith("http"):
+            asked = {"max_results": 1000, "filter": f"name LIKE '{prefix}%'"}
+            found = self._ask("experiments/search", asked).get("experiments", [])
+            return [{tag["key"]: tag["value"] for tag in one.get("tags", [])} for one in found]
+        if not self.uri.startswith("sqlite"):
+            return list(Tracker(self.workspace).claims(prefix).values())
+        tags: dict[int, dict[str, str]] = {}
+        for number, key, value in self._rows(
+            "SELECT e.experiment_id, t.key, t.value FROM experiments e "
+            "JOIN experiment_tags t ON t.experiment_id = e.experiment_id "
+            "WHERE e.lifecycle_stage = 'active' AND e.name LIKE ?",
+            f"{prefix}%",
+        ):
+            tags.setdefault(number, {})[key] = value
+        return list(tags.values())
+
+    def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        import sqlite3
+
+        file = Path(self.uri.partition("sqlite:///")[2])
+        if not file.is_file():
+            return []
+        try:
+            with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as base:
+                return base.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise Unreachable(f"{file}: {error}") from None
+
+    def _ask(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.uri.rstrip('/')}/api/2.0/mlflow/{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+            login = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
+            request.add_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
+        try:
+            with urllib.request.urlopen(request, timeout=PROBE_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            why = "refused us" if error.code in (401, 403) else f"answers {error.code}"
+            raise Unreachable(f"MLflow at {self.uri} {why}") from None
+        except (OSError, ValueError):
+            raise Unreachable(f"MLflow at {self.uri} does not answer") from None
 
 
 def _first_line(error: object) -> str:
