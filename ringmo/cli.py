@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import __version__, console, tasks
+from ringmo.environment import LOG
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -25,22 +26,26 @@ SHOWN_TABLES, SHOWN_ROWS = ("per_class", "per_sensor", "per_gsd", "per_source"),
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 no, 2 bad input, 3 nobody answered)."""
-    given = Arguments(json=False, quiet=False, workspace=None)
+    given = Arguments(json=False, quiet=False, workspace=None, log=None)
     arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
+    if arguments.log:
+        os.environ[LOG.name] = arguments.log  # children are to speak alike
+    if console.log_is_json():
+        console.speak_json()
     try:
         return _call(arguments)
     except RingmoError as error:
         if console.as_json:
             console.result({"error": str(error), "exit_code": error.exit_code}, "")
         else:
-            print(f"ringmo: {error}", file=sys.stderr)
+            console.say(f"ringmo: {error}", "error", exit_code=error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("ringmo: interrupted; the same command goes on from here", file=sys.stderr)
+        console.say("ringmo: interrupted; the same command goes on from here", "warning")
         return 130
 
 
@@ -69,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     common.add_argument("--quiet", action="store_true", help="no progress, no notes")
+    common.add_argument(
+        "--log", choices=("text", "json"), help="json: each line of the log as an object"
+    )
     common.add_argument("--workspace", metavar="DIR", help="the workspace; default: this folder")
 
     parser = argparse.ArgumentParser(

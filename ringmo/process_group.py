@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ringmo import console
+
 POLL_S = 0.1
 _running: dict[int, float] = {}  # group → its grace period, seconds
 _lock = threading.Lock()
@@ -41,7 +43,7 @@ def run_group(
     Raises:
         GroupEnded: `end_all` was called, before it began or while it ran.
     """
-    piped = follow is not None and not sys.stderr.isatty()
+    piped = console.log_is_json() or (follow is not None and not sys.stderr.isatty())
     # Standard output is kept for results: what a child says is progress.
     with _lock:  # what is not in the list when all are ended is not started afterwards
         if _ending.is_set():
@@ -96,11 +98,11 @@ def end_all() -> None:
         ender.join()
 
 
-def _read(stream: IO[bytes], follow: Callable[[str], None]) -> None:
+def _read(stream: IO[bytes], follow: Callable[[str], None] | None) -> None:
     for raw in stream:
         line = raw.decode(errors="replace").rstrip()
-        print(line, file=sys.stderr, flush=True)
-        if line:
+        console.relay(line)
+        if line and follow is not None:
             with contextlib.suppress(Exception):  # a log that fails must not stop the reading
                 follow(line)
 

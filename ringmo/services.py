@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from ringmo.config import Config
 
 WORK_POOL = "ringmo"
+# With RINGMO_LOG=json: Prefect's console in our words. Its own form has other names.
+JSON_LOG = {
+    "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "ringmo.console.JsonFormatter",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
+    "PREFECT_LOGGING_COLORS": "false",
+}
 START_LIMIT_S = 180.0
 GRACE_S = 15.0
 
@@ -122,6 +129,8 @@ def environment(workspace: Workspace) -> dict[str, str]:
         names["PREFECT_API_URL"] = f"{running['prefect']['url']}/api"
     # A heartbeat lets the server tell a killed flow from a long one.
     names.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    if console.log_is_json():
+        names |= JSON_LOG
     names["RINGMO_WORKSPACE"] = str(workspace.root)
     binaries = str(Path(sys.executable).parent)
     if binaries not in names.get("PATH", "").split(os.pathsep)[:1]:
@@ -199,10 +208,32 @@ def _start(workspace: Workspace, name: str, port: int) -> dict[str, Any]:
             *("--backend-store-uri", database),
             # Clients write artifacts themselves: with the server down they still can.
             *("--default-artifact-root", artifacts, "--no-serve-artifacts"),
+            *(("--uvicorn-opts", _uvicorn_log(workspace)) if console.log_is_json() else ()),
         ]
     else:
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return _spawn(workspace, name, command, url)
+
+
+def _uvicorn_log(workspace: Workspace) -> str:
+    """uvicorn's options for a log of JSON objects."""
+    handler = {"class": "logging.StreamHandler", "formatter": "json"}
+    path = workspace.state / "logs" / "uvicorn.json"
+    write_json(
+        path,
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "ringmo.console.JsonFormatter"}},
+            "handlers": {"stderr": handler},
+            "root": {"handlers": ["stderr"], "level": "INFO"},
+            "loggers": {
+                name: {"handlers": ["stderr"], "level": "INFO", "propagate": False}
+                for name in ("mlflow", "alembic", "uvicorn", "uvicorn.access")
+            },
+        },
+    )
+    return f"--log-config {shlex.quote(str(path))}"
 
 
 def _start_worker(workspace: Workspace) -> dict[str, Any]:
