@@ -70,7 +70,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         Tracker(Workspace(folder))
         database = folder / ".ringmo" / "mlflow" / "mlflow.db"
         lenient = {"gate.scene.max_drop": 1.0, "pretrain.refresh": "keep"}
-        lenient |= {"evaluate.histogram_baseline": False, "evaluate.bootstrap_samples": 20}
+        lenient |= {"evaluate.histogram_baseline": False, "evaluate.bootstrap_samples": 100}
         workspace = registered_chain(folder, database, **lenient)
         for seed in (2, 3, 4):
             cycle(workspace, seed, folder / "town" if seed < 4 else None)
