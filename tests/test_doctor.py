@@ -517,8 +517,8 @@ def test_store_and_cache_on_two_disks(workspace: Workspace, tmp_path: Path) -> N
     far = Path("/dev/shm") / f"ringmo-{os.getpid()}"
     far.mkdir()
     try:
-        with (workspace.root / ".dvc" / "config").open("a") as file:
-            file.write(f"[cache]\n    dir = {far}\n")
+        settings = workspace.root / ".dvc" / "config"
+        settings.write_text(settings.read_text().replace("[cache]", f"[cache]\n    dir = {far}"))
         told = found(doctor._links, workspace)["DVC links"]
         assert told.state == NOTE and "twice" in told.todo
         assert not list(far.rglob("*.doctor*"))
