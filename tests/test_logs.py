@@ -51,7 +51,8 @@ def test_every_line_of_a_stage_and_its_processes_is_an_object(
     follow = (
         "import os, sys; from pathlib import Path; from ringmo.data import versions\n"
         "from ringmo.process_group import run_group; from ringmo.workspace import Workspace\n"
-        "place = Workspace(Path(sys.argv[1])); command = versions.repro_command(place, 'validate')\n"
+        "place = Workspace(Path(sys.argv[1]))\n"
+        "command = versions.repro_command(place, 'validate')\n"
         "sys.exit(run_group(command, place.root, dict(os.environ), 5))"
     )
     done = subprocess.run(
