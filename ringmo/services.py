@@ -252,6 +252,9 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     if name == "mlflow":
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    if name == "prefect":
+        # Flow runs that ended 90 days ago go by themselves: else its database grows for ever.
+        env.setdefault("PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,flow_runs")
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
