@@ -149,13 +149,18 @@ def clean(
 
 def at_work(workspace: Workspace) -> list[str]:
     """Whoever trains, registers or runs the chain in this workspace, in words."""
+    said = _at_work(workspace)
+    if not said and _held(workspace.state / CHAIN_LOCK):
+        said.append("a run of the chain")
+    return said
+
+
+def _at_work(workspace: Workspace) -> list[str]:
     rows = {row["pid"]: f"{row['stage']} (process {row['pid']})" for row in running(workspace)}
     for pid, command, lives in versions.at_work(workspace):
         if lives and pid != os.getpid():
             rows.setdefault(pid, f"`{command}` (process {pid})")
     said = list(rows.values())
-    if _held(workspace.state / CHAIN_LOCK) and not said:
-        said.append("a run of the chain")
     for lock in sorted((workspace.state / "reproduced").glob("*/.ringmo/reproduce.lock")):
         if _held(lock):
             said.append(f"reproduce of {lock.parents[1].name}")
@@ -180,15 +185,15 @@ def _undisturbed(workspace: Workspace) -> Iterator[None]:
     with claim(workspace.state / "clean.lock"):
         while True:
             with contextlib.ExitStack() as locks:
-                if not at_work(workspace):
+                if not (who := at_work(workspace)):
                     locks.enter_context(_chain(workspace))
                     locks.enter_context(alone(workspace))
                     locks.enter_context(claim(workspace.state / "registry.lock"))
                     locks.enter_context(versions.alone(workspace))
-                who = at_work(workspace)
-                if not who:
-                    yield
-                    return
+                    # Once more: somebody may have begun just before.
+                    if not (who := _at_work(workspace)):
+                        yield
+                        return
             if who != told:
                 console.note(f"clean: waiting for {'; '.join(who)}")
                 told = who
