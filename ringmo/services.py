@@ -252,6 +252,9 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     if name == "mlflow":
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        if console.log_is_json():
+            # uvicorn's settings are for all of its process; MLflow's own would come on top.
+            env |= {"MLFLOW_CONFIGURE_LOGGING": "false", "PYTHONWARNINGS": "ignore"}
     if name == "prefect":
         # Flow runs that ended 90 days ago go by themselves: else its database grows for ever.
         env.setdefault("PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,flow_runs")
