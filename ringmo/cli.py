@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import __version__, console, tasks
+from ringmo.environment import LOG
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -26,22 +27,26 @@ SHOWN_TABLES, SHOWN_ROWS = ("per_class", "per_sensor", "per_gsd", "per_source"),
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 no, 2 bad input, 3 nobody answered)."""
-    given = Arguments(json=False, quiet=False, workspace=None)
+    given = Arguments(json=False, quiet=False, workspace=None, log=None)
     arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
+    if arguments.log:
+        os.environ[LOG.name] = arguments.log  # children are to speak alike
+    if console.log_is_json():
+        console.speak_json()
     try:
         return _call(arguments)
     except RingmoError as error:
         if console.as_json:
             console.result({"error": str(error), "exit_code": error.exit_code}, "")
         else:
-            print(f"ringmo: {error}", file=sys.stderr)
+            console.say(f"ringmo: {error}", "error", exit_code=error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("ringmo: interrupted; the same command goes on from here", file=sys.stderr)
+        console.say("ringmo: interrupted; the same command goes on from here", "warning")
         return 130
 
 
@@ -70,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     common.add_argument("--quiet", action="store_true", help="no progress, no notes")
+    common.add_argument(
+        "--log", choices=("text", "json"), help="json: each line of the log as an object"
+    )
     common.add_argument("--workspace", metavar="DIR", help="the workspace; default: this folder")
 
     parser = argparse.ArgumentParser(
@@ -138,6 +146,14 @@ def build_parser() -> argparse.ArgumentParser:
     verb("up", _up, "start the local MLflow and Prefect servers and a worker")
     verb("down", _down, "end what `up` and `run` started")
     verb("status", _status, "what runs where")
+    verb("doctor", _doctor, "what is missing or odd on this machine and here, and how to mend it")
+    clean = verb("clean", _clean, "remove what no champion and none of the last runs needs")
+    clean.add_argument("--dry-run", action="store_true", help="say what would go")
+    clean.add_argument(
+        "--shared",
+        action="store_true",
+        help="also what other workspaces may use: the DVC remote, a cache outside, MLflow's server",
+    )
     deploy = verb("deploy", _deploy, "create the scheduled flows of params.yaml in Prefect")
     deploy.add_argument(
         "--init-env",
@@ -424,11 +440,27 @@ def _down(arguments: Arguments) -> None:
 
 
 def _status(arguments: Arguments) -> None:
-    from ringmo import services
+    from ringmo import status
+    from ringmo.workspace import Workspace
 
-    _, workspace = _open(arguments)
-    running = services.status(workspace)
-    console.result({"services": running}, services.status_text(running))
+    state = status.look(Workspace.find(arguments.workspace))
+    console.result(state, status.text(state))
+
+
+def _doctor(arguments: Arguments) -> int:
+    from ringmo import doctor
+
+    findings = doctor.examine(arguments.workspace)
+    console.result(doctor.result(findings), doctor.text(findings))
+    return 1 if doctor.problems(findings) else 0
+
+
+def _clean(arguments: Arguments) -> None:
+    from ringmo import cleaning
+
+    config, workspace = _open(arguments)
+    done = cleaning.clean(config, workspace, dry_run=arguments.dry_run, shared=arguments.shared)
+    console.result(done, cleaning.text(done))
 
 
 def _deploy(arguments: Arguments) -> None:

@@ -504,6 +504,13 @@ class Monitoring(Section):
     retrain: bool = False
 
 
+class Clean(Section):
+    """What `ringmo clean` leaves: see `ringmo.cleaning`."""
+
+    keep_runs: Positive = 5
+    keep_days: Annotated[float, Field(ge=0)] = 14
+
+
 class Run(Section):
     side_by_side: Positive = 1
     retries: int = Field(2, ge=0)
@@ -599,6 +606,7 @@ class Config(Section):
     promotion: Promotion = Promotion()
     card: Card = Card()
     monitoring: Monitoring = Monitoring()
+    clean: Clean = Clean()
     run: Run
     schedule: Schedule
     scenes: Scenes = Scenes()

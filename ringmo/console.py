@@ -1,11 +1,22 @@
-"""What people see: tables on standard output, progress and notes on standard error."""
+"""What people see: tables on standard output, progress and notes on standard error.
+
+With RINGMO_LOG=json standard error is for programs: every line is an object with `time` (UTC),
+`level`, `process`, `message` and what else there is to say; whatever children write there too.
+"""
 
 import json
+import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
+
+from ringmo.environment import LOG
 
 quiet = False
 as_json = False
@@ -14,7 +25,74 @@ as_json = False
 def note(text: str) -> None:
     """A line for people, on standard error; silent with --quiet."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
+
+
+def say(text: str, level: str = "info", **more: Any) -> None:
+    """A line on standard error, --quiet or not. more: further keys of the object."""
+    shown = _object(text.strip(), level, **more) if log_is_json() else text
+    print(shown, file=sys.stderr, flush=True)
+
+
+def relay(line: str) -> None:
+    """A line that a child has written, on standard error."""
+    if log_is_json() and not _is_object(line):
+        if line.strip():
+            say(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def log_is_json() -> bool:
+    return LOG.read() == "json"
+
+
+def speak_json() -> None:
+    """Have libraries' logs, warnings and what nobody catches be objects too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
+
+    def uncaught(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        whole = "".join(traceback.format_exception(kind, error, trace))
+        say(f"{kind.__name__}: {error}", "critical", traceback=whole)
+
+    sys.excepthook = uncaught
+
+
+class JsonFormatter(logging.Formatter):
+    """A record of Python's logging as one of our objects; servers' logs are made so too."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def format(self, record: logging.LogRecord) -> str:
+        more: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            more["traceback"] = self.formatException(record.exc_info)
+        level = record.levelname.lower()
+        return _object(record.getMessage(), level, record.created, **more)
+
+
+def _object(text: str, level: str, when: float | None = None, **more: Any) -> str:
+    now = datetime.now(UTC) if when is None else datetime.fromtimestamp(when, UTC)
+    said = {
+        "time": now.isoformat(timespec="milliseconds"),
+        "level": level,
+        "process": os.getpid(),
+        "message": text,
+    }
+    return json.dumps(said | more, ensure_ascii=False, default=str)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def result(value: dict[str, Any], text: str) -> None:
@@ -46,7 +124,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if not quiet and sys.stderr.isatty():
+        if not quiet and sys.stderr.isatty() and not log_is_json():
             from rich.console import Console
             from rich.progress import Progress as Bar
 
@@ -71,7 +149,8 @@ class Progress:
             self.last_line = time.monotonic()
             elapsed = self.last_line - self.started
             left = elapsed / max(done, 1) * (self.total - done)
-            note(f"{self.label}: {done}/{self.total} ({left:.0f} s left) {detail}".rstrip())
+            text = f"{self.label}: {done}/{self.total} ({left:.0f} s left) {detail}".rstrip()
+            say(text, step=self.label, done=done, total=self.total, left_s=round(left))
 
 
 @contextmanager
@@ -114,6 +193,16 @@ def figure(value: float | None, unit: str = "%", *, points: bool = False) -> str
     if unit == "m":
         return f"{value:.2f} m"
     return f"{100 * value:.1f} {'points' if points else unit}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit in ("B", "kB") else f"{value:.1f} {unit}"
 
 
 def interval(

@@ -24,6 +24,7 @@ class Variable:
 
 
 WORKSPACE = Variable("RINGMO_WORKSPACE", str, "the workspace, where --workspace does not name one")
+LOG = Variable("RINGMO_LOG", str, "json: every line of the log as a JSON object; unset: text")
 TRACKING_URI = Variable(
     "MLFLOW_TRACKING_URI", str, "MLflow's server; unset: the one of `ringmo up`, else SQLite"
 )
@@ -71,6 +72,7 @@ PREFECT_DATABASE = Variable(
 
 VARIABLES = (
     WORKSPACE,
+    LOG,
     TRACKING_URI,
     PREFECT_API_URL,
     PREFECT_AUTH,
@@ -106,6 +108,8 @@ _QUIET = {
     "ITERATIVE_DO_NOT_TRACK": "1",
     "DVC_STUDIO_OFFLINE": "1",
     "GX_ANALYTICS_ENABLED": "false",
+    # OpenTelemetry's SDK, which MLflow and Prefect bring along: docs/housekeeping.md turns it on.
+    "OTEL_SDK_DISABLED": "true",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from ringmo import process_guard
+from ringmo import console, process_guard
 
 POLL_S = 0.1
 _running: dict[int, float] = {}  # group → its grace period, seconds
@@ -44,7 +44,7 @@ def run_group(
     Raises:
         GroupEnded: `end_all` was called, before it began or while it ran.
     """
-    piped = follow is not None and not sys.stderr.isatty()
+    piped = console.log_is_json() or (follow is not None and not sys.stderr.isatty())
     guard = _guard(grace_s)
     try:
         with _lock:  # what is not in the list when all are ended is not started afterwards
@@ -161,11 +161,11 @@ def end_all() -> None:
         ender.join()
 
 
-def _read(stream: IO[bytes], follow: Callable[[str], None]) -> None:
+def _read(stream: IO[bytes], follow: Callable[[str], None] | None) -> None:
     for raw in stream:
         line = raw.decode(errors="replace").rstrip()
-        print(line, file=sys.stderr, flush=True)
-        if line:
+        console.relay(line)
+        if line and follow is not None:
             with contextlib.suppress(Exception):  # a log that fails must not stop the reading
                 follow(line)
 

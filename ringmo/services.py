@@ -7,6 +7,7 @@ that `down` ends just those and never a stranger that got the same process numbe
 import fcntl
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -38,6 +39,12 @@ PATIENCE = {
 # Of the server: slots that are taken must be known after a restart, else runs that hold one are
 # cancelled when they next ask for it. Prefect's own is its memory.
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+# With RINGMO_LOG=json: Prefect's console in our words. Its own form has other names.
+JSON_LOG = {
+    "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "ringmo.console.JsonFormatter",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
+    "PREFECT_LOGGING_COLORS": "false",
+}
 START_LIMIT_S = 180.0
 GRACE_S = 15.0
 
@@ -59,7 +66,7 @@ def up(config: "Config", workspace: Workspace, *, worker: bool = False) -> dict[
         for name in ("mlflow", "prefect"):
             if name not in running and not _elsewhere(name):
                 port = getattr(config.services, f"{name}_port")
-                _check_port(name, port)
+                check_port(name, port)
                 started.append(name)
         for name in started:
             running[name] = _start(workspace, name, getattr(config.services, f"{name}_port"))
@@ -132,6 +139,8 @@ def environment(workspace: Workspace) -> dict[str, str]:
         names["PREFECT_API_URL"] = f"{running['prefect']['url']}/api"
     for name, value in PATIENCE.items():
         names.setdefault(name, value)
+    if console.log_is_json():
+        names |= JSON_LOG
     names["RINGMO_WORKSPACE"] = str(workspace.root)
     binaries = str(Path(sys.executable).parent)
     if binaries not in names.get("PATH", "").split(os.pathsep)[:1]:
@@ -156,21 +165,30 @@ def _elsewhere(name: str) -> str | None:
     return os.environ.get(variable) if variable else None
 
 
-def _alive(workspace: Workspace) -> dict[str, Any]:
-    """Recorded services whose process still is the one that was started."""
+def recorded(workspace: Workspace) -> dict[str, Any]:
+    """Name → url, pid and more of each service that was started here and not ended by `down`."""
     try:
-        recorded = json.loads(_record(workspace).read_text())
+        found: dict[str, Any] = json.loads(_record(workspace).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    alive = {}
-    for name, entry in recorded.items():
+    return found
+
+
+def _alive(workspace: Workspace) -> dict[str, Any]:
+    """Recorded services whose process still is the one that was started."""
+    for name, entry in recorded(workspace).items():
         now = born(entry["pid"])
         if now is not None and now == entry.get("born"):
             alive[name] = entry
     return alive
 
 
-def _check_port(name: str, port: int) -> None:
+def check_port(name: str, port: int) -> None:
+    """Whether a service of this workspace may listen there.
+
+    Raises:
+        BadInput: another program does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -191,10 +209,32 @@ def _start(workspace: Workspace, name: str, port: int) -> dict[str, Any]:
             *("--backend-store-uri", database),
             # Clients write artifacts themselves: with the server down they still can.
             *("--default-artifact-root", artifacts, "--no-serve-artifacts"),
+            *(("--uvicorn-opts", _uvicorn_log(workspace)) if console.log_is_json() else ()),
         ]
     else:
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return _spawn(workspace, name, command, url)
+
+
+def _uvicorn_log(workspace: Workspace) -> str:
+    """uvicorn's options for a log of JSON objects."""
+    handler = {"class": "logging.StreamHandler", "formatter": "json"}
+    path = workspace.state / "logs" / "uvicorn.json"
+    write_json(
+        path,
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "ringmo.console.JsonFormatter"}},
+            "handlers": {"stderr": handler},
+            "root": {"handlers": ["stderr"], "level": "INFO"},
+            "loggers": {
+                name: {"handlers": ["stderr"], "level": "INFO", "propagate": False}
+                for name in ("mlflow", "alembic", "uvicorn", "uvicorn.access")
+            },
+        },
+    )
+    return f"--log-config {shlex.quote(str(path))}"
 
 
 def _start_worker(workspace: Workspace) -> dict[str, Any]:
@@ -211,11 +251,16 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
     if name == "mlflow":
         # Its job runner is eight processes and 2 GB for features that nothing here uses.
         env.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        if console.log_is_json():
+            # uvicorn's settings are for all of its process; MLflow's own would come on top.
+            env |= {"MLFLOW_CONFIGURE_LOGGING": "false", "PYTHONWARNINGS": "ignore"}
     if name == "prefect":
         # Its pages would ask port 4200, whatever its own is.
         env.setdefault("PREFECT_SERVER_UI_API_URL", f"{url}/api")
         env.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
         env.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
+        # Flow runs that ended 90 days ago go by themselves: else its database grows for ever.
+        env.setdefault("PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,flow_runs")
     with (logs / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],

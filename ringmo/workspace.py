@@ -13,8 +13,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import ringmo
 from ringmo.errors import BadInput
 
+MADE_BY = ".ringmo-version"  # the version of ringmo that made a workspace
 CHAMPION = "champion.yaml"  # which encoder is taken instead of pre-training one
 
 # Hard links: the store's shards and DVC's cache are the same bytes on disk, not twice.
@@ -104,6 +106,7 @@ def init(root: Path) -> Workspace:
         root.mkdir(parents=True, exist_ok=True)
         for name in ("params.yaml", "dvc.yaml", "revisions.yaml", "champion.yaml", ".dvcignore"):
             shutil.copyfile(template(name), root / name)
+        (root / MADE_BY).write_text(f"{ringmo.__version__}\n")
         (root / ".gitignore").write_text(".ringmo/\n/data/store\n/work/\n")
         (root / ".dvc").mkdir(exist_ok=True)
         (root / ".dvc" / "config").write_text(DVC_CONFIG)

@@ -19,6 +19,8 @@ VERBS = {
     "up": set(),
     "down": set(),
     "status": set(),
+    "doctor": set(),
+    "clean": {"--dry-run", "--shared"},
     "deploy": {"--init-env"},
     "user": {"--role"},
     "backup": set(),
@@ -48,7 +50,7 @@ VERBS = {
     "embed": {"--model", "--out"},
     "similar": {"--model", "--in", "--top", "--out"},
 }
-COMMON = {"-h", "--help", "--json", "--quiet", "--workspace"}
+COMMON = {"-h", "--help", "--json", "--quiet", "--workspace", "--log"}
 
 
 def test_verbs_and_options_change_only_on_purpose() -> None:

@@ -158,6 +158,9 @@ class Bucket:
 
     @cached_property
     def _client(self) -> Any:
+        return self._made(CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TRIES)
+
+    def _made(self, connect_s: float, read_s: float, tries: int) -> Any:
         import boto3
         from botocore.config import Config
 
@@ -165,9 +168,9 @@ class Bucket:
             "s3",
             endpoint_url=self.endpoint,
             config=Config(
-                connect_timeout=CONNECT_TIMEOUT_S,
-                read_timeout=READ_TIMEOUT_S,
-                retries={"mode": "standard", "total_max_attempts": TRIES},
+                connect_timeout=connect_s,
+                read_timeout=read_s,
+                retries={"mode": "standard", "total_max_attempts": tries},
                 signature_version="s3v4",
                 s3={"addressing_style": "path" if self.endpoint else "auto"},
                 # S3-compatible stores do not all know the checksums that boto sends since 1.36.
@@ -246,6 +249,24 @@ class OpenObject(io.RawIOBase):
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
+
+
+def probe(url: str, endpoint: str | None, *, write: bool, limit_s: float = 4) -> None:
+    """Whether what lies below a prefix can be read, and written: soon, without a second try.
+
+    What it writes it removes.
+
+    Raises:
+        BadInput, Unreachable: as with `Bucket.objects`.
+    """
+    bucket = Bucket(url, endpoint)
+    with bucket._errors():
+        client = bucket._made(limit_s, limit_s, 1)
+        client.list_objects_v2(Bucket=bucket.name, Prefix=bucket.prefix, MaxKeys=1)
+        if write:
+            key = f"{bucket.prefix}.ringmo-doctor-{uuid4().hex}"
+            client.put_object(Bucket=bucket.name, Key=key, Body=b"")
+            client.delete_object(Bucket=bucket.name, Key=key)
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ringmo.config import Config, read_yaml
 from ringmo.data import class_facts, store
 from ringmo.errors import BadInput, Unreachable
-from ringmo.stage import REVISIONS
+from ringmo.stage import REVISIONS, write_json
 from ringmo.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 REMOTE = "main"
 ANEW = "all imagery is taken in"  # why a stage runs although DVC sees no change
+CLEANED = "cleaned-data.json"  # in .ringmo: data version → the day on which it was removed
 # Seconds to find that a store does not answer; DVC's own default is minutes, several times over.
 CONNECT_TIMEOUT_S = 10
+# S3-compatible stores do not all know what boto sends since 1.36 unless these say otherwise.
+CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 # What the lines of a remote that does not answer say, among everything DVC may complain of.
 NO_ANSWER = (
     *("could not connect", "connection refused", "connect timeout", "read timeout", "timed out"),
@@ -194,8 +197,29 @@ def _manifest_of(workspace: Workspace, row: dict[str, Any]) -> "pandas.DataFrame
     """The manifest of a version, from DVC's cache or from the store."""
     path = manifest_file(workspace, row.get("manifest", ""))
     if path is None:
-        raise BadInput(f"{row['version']}: its manifest is not in this workspace's DVC cache")
+        lost = f"{row['version']}: its manifest is not in this workspace's DVC cache"
+        day = cleaned_on(workspace, row["version"])
+        raise BadInput(lost + (f": cleaned on {day} (`ringmo clean`)" if day else ""))
     return store.read_table(path, store.COLUMNS, "fetch it again with `dvc fetch`")
+
+
+def note_cleaned(workspace: Workspace, gone: Iterable[str], day: str) -> None:
+    """Keep the day on which data versions were removed from DVC's cache."""
+    known = _cleaned(workspace)
+    write_json(workspace.state / CLEANED, dict.fromkeys(gone, day) | known)
+
+
+def cleaned_on(workspace: Workspace, version: str) -> str | None:
+    """The day on which `ringmo clean` removed a data version from DVC's cache; None: it did not."""
+    return _cleaned(workspace).get(version)
+
+
+def _cleaned(workspace: Workspace) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads((workspace.state / CLEANED).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
 
 
 def manifest_file(workspace: Workspace, digest: str) -> Path | None:
@@ -219,6 +243,21 @@ class Cache:
     def file(self, digest: str) -> Path:
         """Where the file, or the list, of this MD5 lies if it is here."""
         return self.root / digest[:2] / digest[2:]
+
+    def objects(self) -> Iterator[tuple[str, Path]]:
+        """Every file and list there is, with the MD5 that it is known by."""
+        for folder in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
+            for path in sorted(folder.iterdir()):
+                yield folder.name + path.name, path
+
+    def runs(self) -> Iterator[tuple[Path, set[str]]]:
+        """Executions that DVC remembers, to restore their outputs: a file each, with their MD5s."""
+        for path in sorted((self.root.parents[1] / "runs").glob("*/*/*")):
+            try:
+                outs = (read_yaml(path) or {}).get("outs", [])
+                yield path, {str(out["md5"]) for out in outs if "md5" in out}
+            except (BadInput, AttributeError, TypeError):
+                yield path, set()
 
     def listing(self, digest: str) -> bytes | None:
         """A folder's list of files, as it lies there; None where it is not here."""
@@ -404,6 +443,121 @@ def fetch(workspace: Workspace, config: Config, of: Workspace, what: str) -> Non
     _dvc(workspace, "fetch", "--no-run-cache", "--remote", REMOTE, what)
 
 
+@dataclass(frozen=True)
+class RemoteObject:
+    """A file, or a folder's list, on a remote: its MD5, and what is known of it without reading."""
+
+    digest: str
+    path: str
+    size: int
+    written: float  # Unix seconds
+
+
+class Remote:
+    """The workspace's remote: what lies there, and its removal.
+
+    Raises:
+        Unreachable: it does not answer. BadInput: it refuses.
+    """
+
+    def __init__(self, workspace: Workspace, config: Config) -> None:
+        self.url = config.versioning.remote
+        _set_remote(workspace, config)
+        for name in CHECKSUMS:
+            os.environ.setdefault(name, "when_required")
+        with _repo(workspace) as repo:
+            self._odb = repo.cloud.get_remote_odb(REMOTE, "clean", hash_name="md5")
+
+    def objects(self) -> list[RemoteObject]:
+        fs, root = self._odb.fs, self._odb.path
+        with self._asking():
+            if not fs.exists(root):
+                return []
+            found = fs.find(root, detail=True) if "://" in self.url else None
+        if found is None:
+            rows = [(str(p), p.stat()) for p in Path(root).rglob("*") if p.is_file()]
+            return [
+                RemoteObject(_digest(path), path, s.st_size, max(s.st_mtime, s.st_ctime))
+                for path, s in rows
+            ]
+        return [
+            RemoteObject(_digest(path), path, int(about["size"]), about["LastModified"].timestamp())
+            for path, about in found.items()
+        ]
+
+    def remove(self, objects: list[RemoteObject]) -> None:
+        """Lists before files: DVC takes the files of a list that is there for present."""
+        from dvc_data.hashfile.db import get_index
+
+        with self._asking():
+            for lists in (True, False):
+                paths = [o.path for o in objects if o.digest.endswith(".dir") == lists]
+                if paths:
+                    self._odb.fs.remove(paths)
+            # What DVC remembers of the remote, so that a push does not ask for each file.
+            get_index(self._odb).clear()
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        from dvc.exceptions import DvcException
+
+        try:
+            yield
+        except (OSError, DvcException) as error:
+            text = f"{self.url}: {_one_line(str(error))}"
+            if any(sign in text.lower() for sign in NO_ANSWER):
+                raise Unreachable(text) from None
+            raise BadInput(text) from None
+        except Exception as error:  # botocore's errors have no common ancestor
+            if type(error).__module__.partition(".")[0] not in ("boto3", "botocore", "aiohttp"):
+                raise
+            text = f"{self.url}: {_one_line(str(error))}"
+            if any(sign in text.lower() for sign in NO_ANSWER):
+                raise Unreachable(text) from None
+            raise BadInput(text) from None
+
+
+def _digest(path: str) -> str:
+    above, _, name = path.rpartition("/")
+    return above.rpartition("/")[2] + name
+
+
+@contextmanager
+def alone(workspace: Workspace) -> Iterator[None]:
+    """No `dvc` begins in the workspace meanwhile; waits for one that is about to."""
+    from dvc.exceptions import DvcException
+
+    with _repo(workspace) as repo:
+        try:
+            repo.lock.lock()
+        except DvcException as error:
+            raise BadInput(f"{workspace.root}: {_one_line(str(error))}") from None
+        try:
+            yield
+        finally:
+            repo.lock.unlock()
+
+
+def at_work(workspace: Workspace) -> list[tuple[int, str, bool]]:
+    """Who has a file of the workspace for itself, as DVC has noted: process, command, whether it
+    lives. DVC passes over dead ones by itself."""
+    import psutil
+
+    path = workspace.root / ".dvc" / "tmp" / "rwlock"
+    try:
+        noted = json.loads(path.read_text())
+        groups = [*noted.get("write", {}).values(), *noted.get("read", {}).values()]
+        entries = [
+            one for group in groups for one in (group if isinstance(group, list) else [group])
+        ]
+        known = {(int(one["pid"]), str(one["cmd"])) for one in entries if one}
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} is damaged: remove it while no `dvc` runs") from None
+    return sorted((pid, cmd, psutil.pid_exists(pid)) for pid, cmd in known)
+
+
 def _set_remote(workspace: Workspace, config: Config) -> None:
     """Write the remote of params.yaml into .dvc/config, so that plain `dvc pull` works too."""
     from dvc.config_schema import RelPath
@@ -451,8 +605,7 @@ def _repo(workspace: Workspace) -> Iterator["Repo"]:
 
 def _dvc(workspace: Workspace, *arguments: str) -> None:
     environment = os.environ | {"DVC_NO_ANALYTICS": "1", "NO_COLOR": "1"}
-    # S3-compatible stores do not all know the checksums that boto sends since 1.36.
-    for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+    for name in CHECKSUMS:
         environment.setdefault(name, "when_required")
     # Never --quiet: it leaves out why an unexpected error came.
     done = subprocess.run(

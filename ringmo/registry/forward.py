@@ -717,6 +717,25 @@ def forward_all(workspace: Workspace) -> int:
     return done
 
 
+def running(workspace: Workspace) -> list[dict[str, Any]]:
+    """Chains and stages of this workspace whose process lives: stage, pid, started (Unix seconds).
+
+    Chains come first.
+    """
+    rows = []
+    for pattern in ("forward/*/mlflow.json", "runs/*/mlflow.json"):
+        for path in sorted(workspace.state.glob(pattern)):
+            feed = _Feed(path.parent)
+            if feed.state.get("status") == "RUNNING" and not feed.orphaned:
+                rows.append({name: feed.state[name] for name in ("stage", "pid", "started")})
+    return sorted(rows, key=lambda row: row["stage"] != CHAIN)
+
+
+def unsent(run_dir: Path) -> bool:
+    """Whether figures of a training still wait for MLflow."""
+    return not _Feed(run_dir).state.get("closed", True)
+
+
 def _tidy(feed: _Feed) -> None:
     """What has arrived in MLflow is not kept a second time."""
     if feed.state.get("closed"):

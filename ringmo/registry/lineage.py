@@ -43,7 +43,7 @@ def _model(workspace: Workspace, tracker: Tracker | None, version: Version) -> d
         "gate": tags.get("verdict") and f"{tags['verdict']}: {tags.get('verdict_reasons', '')}",
         "imagery": "generated" if version.generated else "real",
         "bundle": version.bundle_hash or None,
-        "files": version.source,
+        "files": version.cleaned or version.source,
     }
     code = {
         "commit": tags.get("code_version"),
@@ -53,7 +53,7 @@ def _model(workspace: Workspace, tracker: Tracker | None, version: Version) -> d
         "parameters": tags.get("params_digest"),
         "stage lock": tags.get("stage_lock"),
         "ringmo": tags.get("ringmo_version"),
-        "files": f"{version.source}/lineage" if version.version else None,
+        "files": f"{version.source}/lineage" if version.version and not version.cleaned else None,
     }
     saw = seen.summary(kept.tiles) if kept and kept.tiles else {}
     data = _data(workspace, tags.get("data_version"), kept, saw)
@@ -208,7 +208,7 @@ def who_saw(workspace: Workspace, what: str) -> dict[str, Any]:
                 tiles = {name: saw[name] for name in seen.SPLITS if name in saw}
                 sightings[str(version)] = [{"by": kind, "tiles": tiles}]
         elif kept is None or kept.tiles is None:
-            silent.append(str(version))
+            silent.append(str(version) + " (cleaned)" * bool(version.cleaned))
         else:
             sightings[str(version)] = _sightings(kept.tiles, tests, examples)
     rows: list[dict[str, Any]] = []

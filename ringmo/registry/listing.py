@@ -7,7 +7,7 @@ from typing import Any
 
 from ringmo import console
 from ringmo.errors import BadInput
-from ringmo.registry.tracker import Tracker, Version, bundle_hash
+from ringmo.registry.tracker import CLEANED, Tracker, Version, bundle_hash
 from ringmo.workspace import Workspace
 
 
@@ -60,7 +60,7 @@ def models(workspace: Workspace, task: str | None = None) -> list[dict[str, Any]
 
     Keys: model, version, aliases, metric (the task's main figure), unit (% for a share), value,
     low, high, scratch (the same from scratch), verdict, data_version, encoder, generated, created
-    (Unix seconds), bundle_hash.
+    (Unix seconds), bundle_hash, cleaned (the day on which its files were removed, or None).
     """
     tracker = Tracker(workspace)
     names = [task] if task else tracker.models()
@@ -85,6 +85,7 @@ def _row(version: Version) -> dict[str, Any]:
         "generated": version.generated,
         "created": version.created,
         "bundle_hash": version.bundle_hash,
+        "cleaned": version.tags.get(CLEANED) or None,
     }
 
 
@@ -106,7 +107,7 @@ def models_text(rows: list[dict[str, Any]]) -> str:
         [
             (
                 f"{row['model']}/{row['version']}",
-                ", ".join(row["aliases"]),
+                ", ".join(row["aliases"]) or (row["cleaned"] and f"cleaned {row['cleaned']}") or "",
                 figure(row),
                 "" if row["scratch"] is None else console.figure(row["scratch"], row["unit"]),
                 row["verdict"] or "",

@@ -86,7 +86,7 @@ def put(workspace: Workspace, settings: Promotion, entry: dict[str, Any], tracke
     message = {"id": identifier, "type": EVENT, "timestamp": entry["when"], "data": data}
     message["question"] = question(tracker, f"{model}/{entry['to']}")
     kinds = ["webhook"] * (settings.webhook is not None)
-    kinds += ["prefect"] * (_prefect(workspace) is not None)
+    kinds += ["prefect"] * (prefect_api(workspace) is not None)
     for kind in kinds:
         name = f"{entry['when'].replace(':', '')}-{model}-{entry['number']}.{kind}.json"
         write_json(workspace.state / "outbox" / name, message)
@@ -99,7 +99,7 @@ def deliver(
 
     settings: None, where they are as params.yaml says.
     """
-    if not any(_waiting(workspace)):
+    if not any(waiting(workspace)):
         return
     # A thread: the other side may answer so slowly that no single wait is ever too long.
     sending = threading.Thread(target=_send_all, args=(workspace, settings), daemon=True)
@@ -109,7 +109,8 @@ def deliver(
         console.note("a message takes long to deliver: it goes again later")
 
 
-def _waiting(workspace: Workspace) -> list[Path]:
+def waiting(workspace: Workspace) -> list[Path]:
+    """Messages that nobody has taken yet."""
     return sorted((workspace.state / "outbox").glob("[!.]*.json"))
 
 
@@ -119,7 +120,7 @@ def _send_all(workspace: Workspace, settings: Promotion | None) -> None:
         settings = Config.load(workspace.params_file).promotion
     with contextlib.suppress(BlockingIOError), (workspace.state / "outbox.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # somebody else is sending just now
-        for path in _waiting(workspace):
+        for path in waiting(workspace):
             kind = path.name.split(".")[-2]
             if kind in refused:
                 continue
@@ -133,7 +134,7 @@ def _send_all(workspace: Workspace, settings: Promotion | None) -> None:
                     send_webhook(settings.webhook, message)
             except (OSError, http.client.HTTPException, ValueError, BadInput) as error:
                 refused.add(kind)
-                count = sum(f".{kind}." in other.name for other in _waiting(workspace))
+                count = sum(f".{kind}." in other.name for other in waiting(workspace))
                 console.note(
                     f"{WHO[kind]} was not told ({error}); {count} wait in {path.parent} for the "
                     f"next promote, rollback or run"
@@ -183,7 +184,7 @@ def send_webhook(url: str, message: dict[str, Any]) -> None:
 
 
 def _send_prefect(workspace: Workspace, message: dict[str, Any]) -> None:
-    address = _prefect(workspace)
+    address = prefect_api(workspace)
     if address is None:
         raise OSError("its server is down")
     data = message["data"]
@@ -207,7 +208,7 @@ def _send_prefect(workspace: Workspace, message: dict[str, Any]) -> None:
         "related": related,
         "payload": data,
     }
-    _ask_prefect(address, "events", [event])
+    ask_prefect(address, "events", [event])
     waiting = {
         "tags": {"all_": [message["question"]]},
         "state": {"type": {"any_": list(WAITING)}},
@@ -217,12 +218,12 @@ def _send_prefect(workspace: Workspace, message: dict[str, Any]) -> None:
         "name": f"promoted by {data['who']}",
         "message": f"{data['model']}/{data['version']} is the champion. {data['why']}".strip(),
     }
-    for run in _ask_prefect(address, "flow_runs/filter", {"flow_runs": waiting}):
+    for run in ask_prefect(address, "flow_runs/filter", {"flow_runs": waiting}):
         asked = {"state": state, "force": True}
-        _ask_prefect(address, f"flow_runs/{run['id']}/set_state", asked)
+        ask_prefect(address, f"flow_runs/{run['id']}/set_state", asked)
 
 
-def _prefect(workspace: Workspace) -> str | None:
+def prefect_api(workspace: Workspace) -> str | None:
     """Address of Prefect's API: the environment's, or that of the workspace's own server."""
     if named := PREFECT_API_URL.read():
         return named.rstrip("/")
@@ -230,7 +231,12 @@ def _prefect(workspace: Workspace) -> str | None:
     return f"{local}/api" if local else None
 
 
-def _ask_prefect(address: str, path: str, body: Any) -> Any:
+def ask_prefect(address: str, path: str, body: Any) -> Any:
+    """The answer of Prefect's REST interface: importing Prefect takes seconds.
+
+    Raises:
+        OSError, ValueError: it does not answer, refuses, or is something else.
+    """
     headers = {}
     if password := PREFECT_AUTH.read():
         headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"

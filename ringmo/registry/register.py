@@ -18,7 +18,7 @@ from ringmo import console, hardware, tasks
 from ringmo.config import Config, digest
 from ringmo.errors import BadInput
 from ringmo.registry import card_data, origins
-from ringmo.registry.tracker import GENERATED, Tracker, Version, claim, save_pyfunc
+from ringmo.registry.tracker import CLEANED, GENERATED, Tracker, Version, claim, save_pyfunc
 from ringmo.stage import Report
 from ringmo.workspace import Workspace
 
@@ -50,7 +50,7 @@ def register(config: Config, workspace: Workspace, task: str, tags: Mapping[str,
     tracker = Tracker(workspace)
     with claim(workspace.state / "registry.lock"):
         version = tracker.of_bundle(task, model.hash)
-        if version is None:
+        if version is None or version.cleaned:
             version = _create(config, workspace, tracker, task, stage, model, tags)
         if "candidate" not in version.aliases:
             tracker.set_alias(task, "candidate", version.version)
@@ -113,7 +113,9 @@ def _create(
             if (evaluated / REFERENCE).is_file():
                 (folder / REFERENCE).write_bytes((evaluated / REFERENCE).read_bytes())
         tracker.log_folder(run_id, folder, name)
-    tracker.tag_run(run_id, {"bundle_hash": model.hash})
+    home = tracker.run(run_id)
+    again = {CLEANED: ""} if home and home.tags.get(CLEANED) else {}  # it has files once more
+    tracker.tag_run(run_id, {"bundle_hash": model.hash, **again})
     source = f"{tracker.artifact_uri(run_id).rstrip('/')}/{name}"
     return tracker.create_version(task, source, run_id, about, _description(task, about))
 

@@ -3,6 +3,7 @@
 The only module that imports mlflow, and only where it is used: the import costs seconds.
 """
 
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import shutil
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +38,7 @@ EXPERIMENTS_FOLDER = "artifacts"
 BUNDLE = "data/bundle"  # of a version's files
 BUNDLE_FILES = ("model.safetensors", "model.json")
 GENERATED = "generated"
+CLEANED = "cleaned"  # tag: the day on which `ringmo clean` removed the files
 
 
 def tracking_uri(workspace: Workspace) -> str:
@@ -119,6 +122,12 @@ class Version:
     @property
     def bundle_hash(self) -> str:
         return self.tags.get("bundle_hash", "")
+
+    @property
+    def cleaned(self) -> str | None:
+        """Why its files are gone, if `ringmo clean` removed them; its tags still tell the rest."""
+        day = self.tags.get(CLEANED)
+        return f"{self}: its files were cleaned on {day} (`ringmo clean`)" if day else None
 
     @property
     def generated(self) -> bool:
@@ -361,6 +370,47 @@ class Tracker:
         with self._asking():
             return str(self._client.get_run(run_id).info.artifact_uri)
 
+    def experiments(self) -> list[str]:
+        """Names of the experiments that are there and not deleted."""
+        with self._asking():
+            found: list[str] = []
+            token = None
+            while True:
+                page = self._client.search_experiments(page_token=token)
+                found += [one.name for one in page]
+                token = page.token
+                if not token:
+                    return found
+
+    def artifact_bytes(self, run_id: str) -> int:
+        """The size of all that a run keeps."""
+        uri = self.artifact_uri(run_id)
+        local = Path(uri.removeprefix("file://"))
+        if local.is_absolute():
+            return sum(p.stat().st_size for p in local.rglob("*") if p.is_file())
+        ahead, size = [""], 0
+        with self._asking():
+            while ahead:
+                for one in self._client.list_artifacts(run_id, ahead.pop() or None):
+                    if one.is_dir:
+                        ahead.append(one.path)
+                    else:
+                        size += one.file_size or 0
+        return size
+
+    def remove_artifacts(self, run_id: str) -> None:
+        """Remove all that a run keeps. Its parameters, figures and tags stay.
+
+        Raises:
+            Unreachable: the artifact store does not answer, or refuses.
+        """
+        _mlflow()
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        uri = self.artifact_uri(run_id)
+        with self._asking():
+            get_artifact_repository(uri, tracking_uri=self.uri).delete_artifacts()
+
     # Registered models
 
     def create_version(
@@ -454,6 +504,8 @@ class Tracker:
         return self._folder(version, "lineage", "lineage")
 
     def _folder(self, version: Version, name: str, place: str) -> Path:
+        if version.cleaned:
+            raise BadInput(version.cleaned)
         uri = f"{version.source.rstrip('/')}/{name}"
         local = Path(uri.removeprefix("file://"))
         if local.is_absolute():
@@ -481,6 +533,8 @@ class Tracker:
         Raises:
             BadInput: its files are gone from where they are kept. Unreachable: cannot look now.
         """
+        if version.cleaned:
+            raise BadInput(version.cleaned)
         uri = f"{version.source.rstrip('/')}/{BUNDLE}"
         if Path(uri.removeprefix("file://")).is_absolute():
             return self.bundle_folder(version)
@@ -507,7 +561,7 @@ class Tracker:
         Raises:
             Unreachable: it cannot be fetched now.
         """
-        if not version.run_id:
+        if not version.run_id or version.cleaned:
             return None
         uri = version.source.rstrip("/")
         local = Path(uri.removeprefix("file://"))
@@ -650,6 +704,104 @@ def _refused(uri: str, code: str, said: str) -> BadInput:
         f"MLflow at {uri}: {who} may not do this: an admin gives another role with "
         f"`ringmo user {TRACKING_USERNAME.read() or 'NAME'} --role ROLE`"
     )
+
+
+class Glance:
+    """Champions and unfinished promotions, told in a moment: to import MLflow takes seconds.
+
+    A server is asked by its REST interface; an SQLite file is read. Any other database is asked
+    through MLflow after all.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.uri = TRACKING_URI.read() or _sqlite(workspace)
+
+    def aliased(self) -> list[dict[str, Any]]:
+        """model, version, alias and created (Unix seconds) of each version that bears an alias.
+
+        Raises:
+            Unreachable: the server does not answer, refuses, or the file cannot be read.
+        """
+        if self.uri.startswith("http"):
+            found = self._ask("registered-models/search?max_results=1000", None)
+            rows = []
+            for model in found.get("registered_models", []):
+                for alias in model.get("aliases", []):
+                    name, number = model["name"], alias["version"]
+                    query = urllib.parse.urlencode({"name": name, "version": number})
+                    version = self._ask(f"model-versions/get?{query}", None)["model_version"]
+                    rows.append((name, int(number), alias["alias"], version["creation_timestamp"]))
+        elif self.uri.startswith("sqlite"):
+            rows = self._rows(
+                "SELECT a.name, a.version, a.alias, v.creation_time "
+                "FROM registered_model_aliases a "
+                "JOIN model_versions v ON v.name = a.name AND v.version = a.version"
+            )
+        else:
+            tracker = Tracker(self.workspace)
+            rows = [
+                (version.model, version.version, alias, version.created * 1000)
+                for model in tracker.models()
+                for version in tracker.versions(model)
+                for alias in version.aliases
+            ]
+        names = ("model", "version", "alias", "created")
+        return [
+            dict(zip(names, (*row[:3], float(row[3]) / 1000), strict=True)) for row in sorted(rows)
+        ]
+
+    def claims(self, prefix: str) -> list[dict[str, str]]:
+        """Tags of each claim that begins with `prefix` and is not retired: see `Tracker.claims`.
+
+        Raises:
+            Unreachable: as `aliased`.
+        """
+        if self.uri.startswith("http"):
+            asked = {"max_results": 1000, "filter": f"name LIKE '{prefix}%'"}
+            found = self._ask("experiments/search", asked).get("experiments", [])
+            return [{tag["key"]: tag["value"] for tag in one.get("tags", [])} for one in found]
+        if not self.uri.startswith("sqlite"):
+            return list(Tracker(self.workspace).claims(prefix).values())
+        tags: dict[int, dict[str, str]] = {}
+        for number, key, value in self._rows(
+            "SELECT e.experiment_id, t.key, t.value FROM experiments e "
+            "JOIN experiment_tags t ON t.experiment_id = e.experiment_id "
+            "WHERE e.lifecycle_stage = 'active' AND e.name LIKE ?",
+            f"{prefix}%",
+        ):
+            tags.setdefault(number, {})[key] = value
+        return list(tags.values())
+
+    def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        import sqlite3
+
+        file = Path(self.uri.partition("sqlite:///")[2])
+        if not file.is_file():
+            return []
+        try:
+            with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as base:
+                return base.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise Unreachable(f"{file}: {error}") from None
+
+    def _ask(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.uri.rstrip('/')}/api/2.0/mlflow/{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+            login = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
+            request.add_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
+        try:
+            with urllib.request.urlopen(request, timeout=PROBE_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            why = "refused us" if error.code in (401, 403) else f"answers {error.code}"
+            raise Unreachable(f"MLflow at {self.uri} {why}") from None
+        except (OSError, ValueError):
+            raise Unreachable(f"MLflow at {self.uri} does not answer") from None
 
 
 def _first_line(error: object) -> str:

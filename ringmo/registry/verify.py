@@ -137,6 +137,9 @@ class _Chain:
             self.kept = None
 
     def checks(self, deep: bool) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+        if said := self.version.cleaned:
+            yield "bundle and lineage files", lambda: (NOT_HERE, said)
+            return
         if self.bundle is None:
             yield "bundle", lambda: (BROKEN, "its files are gone from MLflow's store")
         else:
@@ -278,7 +281,8 @@ class _Chain:
         try:
             found = _folder(self.tracker.bundle_folder(encoder))
         except BadInput:
-            return NOT_HERE, f"{encoder}: its files are gone from MLflow's store"
+            gone = f"{encoder}: its files are gone from MLflow's store"
+            return NOT_HERE, encoder.cleaned or gone
         if recorded is None:
             return NOT_HERE, f"dvc.lock does not say what {self.stage} read"
         return _same(f"{encoder}'s files and what {self.stage} read", found, recorded)

@@ -86,6 +86,7 @@ def serve(
         host=host,
         port=port,
         log_level="error",
+        log_config=None if console.log_is_json() else uvicorn.config.LOGGING_CONFIG,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(2 * limits.seconds + GRACE_S),
