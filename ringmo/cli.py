@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringmo import __version__, console, tasks
+from ringmo import __version__, console, environment, tasks
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
     try:
+        environment.part_passwords(os.environ)
         return _call(arguments)
     except RingmoError as error:
+        said = environment.shown(str(error))
         if console.as_json:
-            console.result({"error": str(error), "exit_code": error.exit_code}, "")
+            console.result({"error": said, "exit_code": error.exit_code}, "")
         else:
-            print(f"ringmo: {error}", file=sys.stderr)
+            print(f"ringmo: {said}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

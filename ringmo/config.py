@@ -18,9 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from ringmo.environment import shown
 from ringmo.errors import BadInput
 
 SCHEMA = 1
+MAX_SIDE = 4096  # pixels of a tile, and of what a model reads at once
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -70,8 +72,8 @@ class Ingest(Section):
     include: list[str] = Field(["*"], min_length=1)
     exclude: list[str] = []
     endpoint: str | None = None
-    tile_size: int = Field(256, ge=16, le=4096)
-    stride: Annotated[int, Field(ge=1, le=4096)] | None = None
+    tile_size: int = Field(256, ge=16, le=MAX_SIDE)
+    stride: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
     gsd_m: Annotated[float, Field(gt=0)] | None = None
     max_nodata_share: Share = 0.5
     max_bad_share: Share = 0.1
@@ -250,7 +252,7 @@ class Model(Section):
     backbone: Literal["swin", "vit"] = "swin"
     stem: Literal["pi_conv", "patch"] = "pi_conv"
     position: Literal["relative", "sincos"] = "relative"
-    image_size: int = Field(64, ge=16)
+    image_size: int = Field(64, ge=16, le=MAX_SIDE)
     patch_size: Literal[4, 8, 16] = 4
     embed_dim: int = Field(48, ge=8)
     depths: list[Positive] = Field(min_length=1, max_length=4)
@@ -344,7 +346,7 @@ class Pretrain(Training):
 class Finetune(Training):
     """Of one task. What only some tasks have is refused elsewhere: see `Config`."""
 
-    image_size: Annotated[int, Field(ge=16)] | None = None
+    image_size: Annotated[int, Field(ge=16, le=MAX_SIDE)] | None = None
     window_size: Positive | None = None
     freeze: bool = False
     early_stop: Positive | None = None
@@ -469,8 +471,6 @@ class Promotion(Section):
             parts = urlsplit(address)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError(f"`{address}` is no address (http://… or https://…)")
-            if parts.username or parts.password:
-                raise ValueError("no password in params.yaml: the secret that signs is enough")
         return address
 
 
@@ -674,6 +674,11 @@ class Config(Section):
     def check(cls, values: Any, where: str) -> "Config":
         if not isinstance(values, dict):
             raise BadInput(f"{where}: expected sections with values, found {values!r}")
+        if (key := _with_password(values)) is not None:
+            # Every model's lineage keeps this file.
+            raise BadInput(
+                f"{where}: {key}: no password in params.yaml: it belongs in the environment"
+            )
         if values.get("schema") != SCHEMA:
             raise BadInput(
                 f"{where}: schema: this version reads {SCHEMA}, found {values.get('schema')!r}"
@@ -682,6 +687,16 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise BadInput(f"{where}: {_first_line(error)}") from None
+
+
+def _with_password(values: Any) -> str | None:
+    """The key of an address that has a user or a password in it, names of sources included."""
+    for key, value in flatten(values).items():
+        if shown(key) != key:
+            return shown(key)
+        if shown(text := str(value)) != text:
+            return key
+    return None
 
 
 def _first_line(error: ValidationError) -> str:

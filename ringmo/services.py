@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.environment import quiet_telemetry
+from ringmo.environment import quiet_telemetry, shown
 from ringmo.errors import BadInput, Unreachable
 from ringmo.process_group import end_group
 from ringmo.stage import write_json
@@ -89,7 +89,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     running = _alive(workspace)
     rows: dict[str, Any] = {}
     for name in ("mlflow", "prefect", "worker"):
-        url = (_elsewhere(name) or "").removesuffix("/api")
+        url = shown(_elsewhere(name) or "").removesuffix("/api")
         # Children of `ringmo` are told of the local servers through the environment too.
         if url and url != running.get(name, {}).get("url"):
             rows[name] = {"url": url, "pid": None, "where": "environment"}
@@ -241,7 +241,7 @@ def _check_elsewhere(name: str, url: str) -> None:
         time.sleep(1)
     variable = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}[name]
     raise Unreachable(
-        f"{name} at {url} does not answer ({variable}): is it up, is the address right?"
+        f"{name} at {shown(url)} does not answer ({variable}): is it up, is the address right?"
     )
 
 

@@ -6,6 +6,7 @@ made here is kept.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ def _options(parser: argparse.ArgumentParser, without: set[str] = frozenset()) -
 def parameters() -> str:
     """params.yaml as it is, a section each with its comments, and what the checks allow."""
     text = (ROOT / "params.yaml").read_text()
-    head, *rest = re.split(r"^(?=[a-z_]+:)", text, flags=re.M)
+    _, *rest = re.split(r"^(?=[a-z_]+:)", text, flags=re.M)
     # A comment that stands before a section is that section's.
     sections, above = [], ""
     for part in rest:
@@ -193,8 +194,9 @@ def _model(schema: dict[str, Any], about: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _plain(value: Any) -> str:
-    said = {None: "null", True: "true", False: "false"}
-    return value if value == "–" else f"`{said.get(value, value) if not isinstance(value, list | dict) else value}`"
+    if value == "–":
+        return "–"
+    return f"`{json.dumps(value)}`" if isinstance(value, bool | None) else f"`{value}`"
 
 
 def _kind(schema: dict[str, Any], value: dict[str, Any]) -> str:
@@ -230,13 +232,14 @@ def _kind(schema: dict[str, Any], value: dict[str, Any]) -> str:
 
 def recipes() -> str:
     """Each recipe: the comment it begins with, and its values."""
-    parts = ["# Recipes\n", "Named sets of values: `ringmo run --recipe NAME` writes them to params.yaml.\n"]
+    about = "Named sets of values: `ringmo run --recipe NAME` writes them to params.yaml.\n"
+    parts = ["# Recipes\n", about]
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         lines = path.read_text().rstrip().split("\n")
-        about = []
+        says = []
         while lines and lines[0].startswith("#"):
-            about.append(lines.pop(0).lstrip("# "))
-        parts += [f"\n## {path.stem}\n", " ".join(about), "\n```yaml", *lines, "```\n"]
+            says.append(lines.pop(0).lstrip("# "))
+        parts += [f"\n## {path.stem}\n", " ".join(says), "\n```yaml", *lines, "```\n"]
     return "\n".join(parts)
 
 

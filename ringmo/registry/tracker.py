@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringmo.environment import TRACKING_URI, quiet_telemetry
+from ringmo.environment import TRACKING_URI, part_passwords, quiet_telemetry, shown
 from ringmo.errors import BadInput, Unreachable
 from ringmo.workspace import Workspace
 
@@ -148,16 +148,17 @@ class Tracker:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        part_passwords(os.environ)
         self.uri = tracking_uri(workspace)
         if self.uri.startswith("http") and not _answers(self.uri):
             if TRACKING_URI.read():
                 raise Unreachable(
-                    f"MLflow at {self.uri} does not answer ({TRACKING_URI.name}): "
+                    f"MLflow at {shown(self.uri)} does not answer ({TRACKING_URI.name}): "
                     f"start it, or unset the variable to use this workspace's own"
                 )
             self.uri = _sqlite(workspace)  # what the local server keeps, without the server
         # Which runs these are, whether asked through the local server or the file.
-        self.store = self.uri if TRACKING_URI.read() else "local"
+        self.store = shown(self.uri) if TRACKING_URI.read() else "local"
         self._artifacts = workspace.state / "mlflow" / EXPERIMENTS_FOLDER
         self._experiments: dict[str, str] = {}
         mlflow = _mlflow()
@@ -182,16 +183,16 @@ class Tracker:
         except MlflowException as error:
             line = _first_line(error.message)
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise BadInput(f"MLflow at {self.uri}: {line}") from None
-            raise Unreachable(f"MLflow at {self.uri}: {line}") from None
+                raise BadInput(f"MLflow at {shown(self.uri)}: {shown(line)}") from None
+            raise Unreachable(f"MLflow at {shown(self.uri)}: {shown(line)}") from None
         except (SQLAlchemyError, OSError) as error:
-            raise Unreachable(f"MLflow at {self.uri}: {_first_line(error)}") from None
+            raise Unreachable(f"MLflow at {shown(self.uri)}: {shown(_first_line(error))}") from None
         except Exception as error:
             # An artifact store in S3 is written by boto3, whose errors have no common ancestor.
             if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
                 raise
             raise Unreachable(
-                f"the artifact store of MLflow at {self.uri}: {_first_line(error)}"
+                f"the artifact store of MLflow at {shown(self.uri)}: {shown(_first_line(error))}"
             ) from None
 
     def claim_name(self, name: str, tags: Mapping[str, Any]) -> bool:
