@@ -1,11 +1,13 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
 # make down                end the local servers    make test-fast   unit tests only
+# make docs                the pages, in build/site  make audit       known holes of what it stands on
+# make licences            of all packages           make sbom        build/sbom.cdx.json, for others
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
 BIN := .venv/bin
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-fast lint bench down clean-env
+.PHONY: run test test-fast lint bench down clean-env docs audit sbom licences
 .DELETE_ON_ERROR:
 
 run: .venv/ready
@@ -24,6 +26,14 @@ lint: .venv/ready
 bench: .venv/ready
 	@$(BIN)/python -m benchmarks $(if $(ONLY),--only '$(ONLY)') $(if $(OUT),--out '$(OUT)') \
 	  $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+# Strict: a link or an anchor that leads nowhere ends it.
+docs: .venv/ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open build/site/index.html in a browser"
+
+audit sbom licences: .venv/ready
+	@$(BIN)/python .ci/dependencies.py $@
 
 down: .venv/ready
 	@$(BIN)/ringmo down
