@@ -1,8 +1,8 @@
 """Every command in the README and the pages of docs/ is one that works.
 
-Those of the blocks are run in order, page by page, in real small workspaces: the one that the start
-page makes (a real chain on real servers), and those that a page makes with `ringmo init`. What cannot
-run here stands in LEFT with its reason, and is parsed. Pages are found, not listed.
+Those of the blocks are run in order, page by page, in real small workspaces: the one that the
+start page makes (a real chain on real servers), and those that a page makes with `ringmo init`.
+What cannot run here stands in LEFT with its reason, and is parsed. Pages are found, not listed.
 """
 
 import argparse
@@ -194,7 +194,7 @@ class Desk:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1500,
         )
         assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout

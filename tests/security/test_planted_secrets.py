@@ -156,7 +156,7 @@ class Team:
         log.close()
 
     def _up(self) -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300
         while True:
             try:
                 self.api("health")
@@ -215,7 +215,7 @@ class Team:
             env=self.environment | other,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1500,
         )
         self.printed.append(done.stdout + done.stderr)
         return done.returncode, done.stdout + done.stderr
@@ -235,7 +235,7 @@ class Team:
         """The last state of a run of a deployment, which the worker carries out."""
         made = self.api(f"deployments/name/{deployment}/{workspace}")
         run = self.api(f"deployments/{made['id']}/create_flow_run", {})["id"]
-        limit = time.monotonic() + 240
+        limit = time.monotonic() + 600
         while (state := self.api(f"flow_runs/{run}")["state"]["type"]) not in (
             *("COMPLETED", "FAILED", "CRASHED", "CANCELLED"),
         ):
