@@ -1,12 +1,14 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
 # make down                end the local servers    make test-fast   unit tests only
+# make docs                the pages, in build/site  make audit       known holes of what it stands on
+# make licences            of all packages           make sbom        build/sbom.cdx.json, for others
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
 # make faults [FAULTS='"kill mlflow" …'] [STAGES='pretrain …']   kill and pause every server, hours
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
 BIN := .venv/bin
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-fast lint bench faults down clean-env
+.PHONY: run test test-fast lint bench faults down clean-env docs audit sbom licences
 .DELETE_ON_ERROR:
 
 run: .venv/ready
@@ -29,6 +31,14 @@ bench: .venv/ready
 faults: .venv/ready
 	@PYTHONPATH=tests:tests/faults $(BIN)/python -m fault_cells $(if $(FAULTS),--faults $(FAULTS)) \
 	  $(if $(STAGES),--stages $(STAGES)) $(ARGS)
+
+# Strict: a link or an anchor that leads nowhere ends it.
+docs: .venv/ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open build/site/index.html in a browser"
+
+audit sbom licences: .venv/ready
+	@$(BIN)/python .ci/dependencies.py $@
 
 down: .venv/ready
 	@$(BIN)/ringmo down

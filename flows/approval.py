@@ -27,7 +27,7 @@ from pydantic import Field
 from flows import pool
 from ringmo import services
 from ringmo.config import Config, digest
-from ringmo.environment import TRACKING_URI
+from ringmo.environment import TRACKING_URI, shown
 from ringmo.errors import AnswerIsNo, BadInput
 from ringmo.registry import listing, outbox, promotion
 from ringmo.registry.tracker import Tracker
@@ -106,7 +106,14 @@ def ask(workspace: Workspace, ref: str, reasons: list[str]) -> str | None:
     return f"{api.removesuffix('/api')}/runs/flow-run/{question.id}" if shown else None
 
 
-@flow(name="approval", persist_result=True, retries=3, retry_delay_seconds=60)
+# Prefect's own way to keep a result is a pickle.
+@flow(
+    name="approval",
+    persist_result=True,
+    result_serializer="json",
+    retries=3,
+    retry_delay_seconds=60,
+)
 def approval(workspace: str, ref: str, reasons: list[str]) -> Any:
     """Wait for a person's word on a version, and promote it if it is yes.
 
@@ -194,4 +201,4 @@ def _deployed(of: Any, workspace: Workspace) -> UUID:
 def _told_to_worker() -> dict[str, str]:
     """What a worker that was started elsewhere would not know. Secrets it must have itself."""
     uri = TRACKING_URI.read()
-    return {TRACKING_URI.name: uri} if uri else {}
+    return {TRACKING_URI.name: uri} if uri and shown(uri) == uri else {}

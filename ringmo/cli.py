@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringmo import __version__, console, tasks
-from ringmo.environment import LOG
+from ringmo import __version__, console, environment, tasks
 from ringmo.errors import BadInput, RingmoError
 
 if TYPE_CHECKING:
@@ -31,16 +30,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv, given)
     console.quiet, console.as_json = arguments.quiet, arguments.json
     if arguments.log:
-        os.environ[LOG.name] = arguments.log  # children are to speak alike
+        os.environ[environment.LOG.name] = arguments.log  # children are to speak alike
     if console.log_is_json():
         console.speak_json()
     try:
+        environment.part_passwords(os.environ)
         return _call(arguments)
     except RingmoError as error:
+        said = environment.shown(str(error))
         if console.as_json:
-            console.result({"error": str(error), "exit_code": error.exit_code}, "")
+            console.result({"error": said, "exit_code": error.exit_code}, "")
         else:
-            console.say(f"ringmo: {error}", "error", exit_code=error.exit_code)
+            console.say(f"ringmo: {said}", "error", exit_code=error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

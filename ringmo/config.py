@@ -18,9 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from ringmo.environment import shown
 from ringmo.errors import BadInput
 
 SCHEMA = 1
+MAX_SIDE = 4096  # pixels of a tile, and of what a model reads at once
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -70,8 +72,8 @@ class Ingest(Section):
     include: list[str] = Field(["*"], min_length=1)
     exclude: list[str] = []
     endpoint: str | None = None
-    tile_size: int = Field(256, ge=16, le=4096)
-    stride: Annotated[int, Field(ge=1, le=4096)] | None = None
+    tile_size: int = Field(256, ge=16, le=MAX_SIDE)
+    stride: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
     gsd_m: Annotated[float, Field(gt=0)] | None = None
     max_nodata_share: Share = 0.5
     max_bad_share: Share = 0.1
@@ -250,7 +252,7 @@ class Model(Section):
     backbone: Literal["swin", "vit"] = "swin"
     stem: Literal["pi_conv", "patch"] = "pi_conv"
     position: Literal["relative", "sincos"] = "relative"
-    image_size: int = Field(64, ge=16)
+    image_size: int = Field(64, ge=16, le=MAX_SIDE)
     patch_size: Literal[4, 8, 16] = 4
     embed_dim: int = Field(48, ge=8)
     depths: list[Positive] = Field(min_length=1, max_length=4)
@@ -344,7 +346,7 @@ class Pretrain(Training):
 class Finetune(Training):
     """Of one task. What only some tasks have is refused elsewhere: see `Config`."""
 
-    image_size: Annotated[int, Field(ge=16)] | None = None
+    image_size: Annotated[int, Field(ge=16, le=MAX_SIDE)] | None = None
     window_size: Positive | None = None
     freeze: bool = False
     early_stop: Positive | None = None
@@ -729,12 +731,19 @@ class Config(Section):
         Raises:
             BadInput: one line naming the file, the key, and for a misspelt key the nearest one.
         """
-        return cls.check(read_yaml(path), str(path))
+        values = read_yaml(path)
+        _check_for_dvc(path)
+        return cls.check(values, str(path))
 
     @classmethod
     def check(cls, values: Any, where: str) -> "Config":
         if not isinstance(values, dict):
             raise BadInput(f"{where}: expected sections with values, found {values!r}")
+        if (key := _with_password(values)) is not None:
+            # Every model's lineage keeps this file.
+            raise BadInput(
+                f"{where}: {key}: no password in params.yaml: it belongs in the environment"
+            )
         if values.get("schema") != SCHEMA:
             raise BadInput(
                 f"{where}: schema: this version reads {SCHEMA}, found {values.get('schema')!r}"
@@ -743,6 +752,16 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise BadInput(f"{where}: {_first_line(error)}") from None
+
+
+def _with_password(values: Any) -> str | None:
+    """The key of an address that has a user or a password in it, names of sources included."""
+    for key, value in flatten(values).items():
+        if shown(key) != key:
+            return shown(key)
+        if shown(text := str(value)) != text:
+            return key
+    return None
 
 
 def _first_line(error: ValidationError) -> str:
@@ -789,6 +808,25 @@ def read_yaml(path: Path) -> Any:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise BadInput(f"{path}, line {line}: not YAML: {error.problem}") from None
+
+
+def _check_for_dvc(path: Path) -> None:
+    """Whether DVC, whose reader is stricter, can read the file too.
+
+    Raises:
+        BadInput: it cannot, in most cases for a bare s3://… in a list.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        YAML(typ="safe").load(path)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise BadInput(
+            f"{path}, line {line}: DVC cannot read it: {error.problem}: put quotes around what has "
+            f'a colon, as "s3://BUCKET/PREFIX"'
+        ) from None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -852,6 +890,13 @@ def _edited(path: Path, changes: dict[str, Any]) -> tuple[Config, str]:
     yaml.width = 4096
     yaml.representer.add_representer(
         type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    # DVC's reader takes a bare s3://… in a list for an error.
+    yaml.representer.add_representer(
+        str,
+        lambda self, text: self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style='"' if ":" in text else None
+        ),
     )
     document = yaml.load(path)
     for key, value in changes.items():

@@ -5,8 +5,12 @@ the docs can name them, and their values are never logged.
 """
 
 import os
+import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from ringmo.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,14 @@ VARIABLES = (
     Variable("AWS_PROFILE", str, "a profile of ~/.aws instead of keys"),
 )
 
+# Where a password may stand in an address, and to which variables it belongs instead.
+_PARTED = {
+    TRACKING_URI.name: ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    PREFECT_API_URL.name: (PREFECT_AUTH.name,),
+}
+_NO_PASSWORD = ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+
 # Checked in the installed sources: MLflow wants the word "true", DVC any text.
 _QUIET = {
     "DO_NOT_TRACK": "true",
@@ -118,3 +130,35 @@ _QUIET = {
 def quiet_telemetry(env: MutableMapping[str, str]) -> dict[str, str]:
     """`env` with every tool's telemetry off, except where the user has set a switch otherwise."""
     return {**_QUIET, **env}
+
+
+def shown(text: str) -> str:
+    """A text, with the users and passwords left out of the addresses in it."""
+    return _USER.sub("", text)
+
+
+def part_passwords(env: MutableMapping[str, str]) -> None:
+    """Take user and password out of the servers' addresses, into the variables made for them.
+
+    An address is shown, logged and kept with the runs; what belongs to it is not. That of a
+    database (postgresql://…) keeps its password, for SQLAlchemy; where it is shown it has none.
+
+    Raises:
+        BadInput: an address of S3 with a password, which S3 has no use for.
+    """
+    for name in _NO_PASSWORD:
+        if _USER.search(env.get(name, "")):
+            raise BadInput(
+                f"{name}: no password in an address: set AWS_ACCESS_KEY_ID and "
+                f"AWS_SECRET_ACCESS_KEY"
+            )
+    for name, others in _PARTED.items():
+        address = env.get(name, "")
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not _USER.search(address):
+            continue
+        given = [unquote(text) for text in parts.netloc.rpartition("@")[0].split(":", 1)]
+        env[name] = shown(address)
+        values = given if len(others) == 2 else [":".join(given)]
+        for other, value in zip(others, values, strict=False):
+            env.setdefault(other, value)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringmo import console
-from ringmo.environment import WORKER, quiet_telemetry
+from ringmo.environment import WORKER, quiet_telemetry, shown
 from ringmo.errors import BadInput, Unreachable
 from ringmo.process_group import born, end_group
 from ringmo.stage import write_json
@@ -106,7 +106,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     running = _alive(workspace)
     rows: dict[str, Any] = {}
     for name in ("mlflow", "prefect", "worker"):
-        url = (_elsewhere(name) or "").removesuffix("/api")
+        url = shown(_elsewhere(name) or "").removesuffix("/api")
         # Children of `ringmo` are told of the local servers through the environment too.
         if url and url != running.get(name, {}).get("url"):
             rows[name] = {"url": url, "pid": None, "where": "environment"}
@@ -176,6 +176,7 @@ def recorded(workspace: Workspace) -> dict[str, Any]:
 
 def _alive(workspace: Workspace) -> dict[str, Any]:
     """Recorded services whose process still is the one that was started."""
+    alive = {}
     for name, entry in recorded(workspace).items():
         now = born(entry["pid"])
         if now is not None and now == entry.get("born"):
@@ -295,7 +296,7 @@ def _check_elsewhere(name: str, url: str) -> None:
         time.sleep(1)
     variable = {"mlflow": "MLFLOW_TRACKING_URI", "prefect": "PREFECT_API_URL"}[name]
     raise Unreachable(
-        f"{name} at {url} does not answer ({variable}): is it up, is the address right?"
+        f"{name} at {shown(url)} does not answer ({variable}): is it up, is the address right?"
     )
 
 

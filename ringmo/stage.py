@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from ringmo import hardware
 from ringmo.config import flatten
+from ringmo.environment import shown
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError
 from ringmo.workspace import Workspace
 
@@ -166,7 +167,7 @@ def failure_reported(workspace: Workspace, stage: str) -> Iterator[None]:
                 stage,
                 ok=False,
                 exit_code=error.exit_code,
-                reason=str(error),
+                reason=shown(str(error)),
                 retry=error.retry,
                 seconds=round(time.monotonic() - started, 2),
             ).write(report_file)

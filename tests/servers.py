@@ -111,8 +111,8 @@ class Postgres:
 class S3:
     """rclone's S3 server over a folder with one bucket, which refuses wrong secrets."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, key: str = "key", secret: str = "secret") -> None:
+        self.folder, self.key, self.secret = folder, key, secret
         (folder / "bucket").mkdir(parents=True)
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,8 +121,8 @@ class S3:
     def environment(self) -> dict[str, str]:
         """What a client of it needs."""
         return {
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
@@ -133,9 +133,10 @@ class S3:
     def start(self, *more: str) -> None:
         """more: `--read-only` for a bucket that takes nothing."""
         command = [str(Path(sys.executable).parent / "rclone"), "serve", "s3", str(self.folder)]
-        command += ["--addr", f"127.0.0.1:{self.port}", "--auth-key", "key,secret"]
+        command += ["--addr", f"127.0.0.1:{self.port}"]
         command += ["--config", os.devnull, "--dir-cache-time", "1ms", *more]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        env = {**os.environ, "RCLONE_AUTH_KEY": f'"{self.key},{self.secret}"'}
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env)
         for _ in range(400):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -154,7 +155,7 @@ class MLflow:
     """A real MLflow server on a free port, which can be stopped and started again.
 
     database: for SQLAlchemy. artifacts: where they go; `kept` says that the server itself takes and
-    gives them, else clients write there.
+    gives them, else clients write there. app: `basic-auth` for one that wants passwords.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class MLflow:
         *,
         kept: bool = False,
         environment: Mapping[str, str] | None = None,
+        app: str | None = None,
     ) -> None:
         self.database, self.artifacts, self.kept = database, artifacts, kept
+        self.app = ("--app-name", app) if app else ()
         self.environment = dict(environment or {})
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -184,7 +187,7 @@ class MLflow:
             [
                 *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
                 *("--port", str(self.port), "--workers", "1"),
-                *("--backend-store-uri", self.database, *where),
+                *("--backend-store-uri", self.database, *where, *self.app),
             ],
             env=env,
             stdout=subprocess.DEVNULL,

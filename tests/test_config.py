@@ -119,3 +119,62 @@ def test_a_workspace_is_made_once_and_found_from_the_environment(
     assert Workspace.find().root == made.root
     with pytest.raises(BadInput, match="is no workspace"):
         Workspace.find(tmp_path)
+
+
+def test_an_address_in_a_list_is_written_as_dvc_reads_it(workspace: Any) -> None:
+    """Bare, DVC's reader takes it for an error, and no run ever gets beyond its ingest."""
+    from ruamel.yaml import YAML
+
+    config.edit(workspace.params_file, {"ingest.sources": ["s3://bucket/new"]})
+    assert YAML(typ="safe").load(workspace.params_file)["ingest"]["sources"] == ["s3://bucket/new"]
+    text = workspace.params_file.read_text()
+    workspace.params_file.write_text(text.replace('["s3://bucket/new"]', "[s3://bucket/new]"))
+    with pytest.raises(BadInput, match="put quotes around") as error:
+        Config.load(workspace.params_file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("ingest.endpoint", "http://key:hunter2@host"),
+        ("ingest.sources", ["s3://key:hunter2@bucket/x"]),
+        ("ingest.dask", "tcp://me:hunter2@host:8786"),
+        ("promotion.webhook", "https://me:hunter2@host/"),
+        ("versioning.remote", "ssh://me:hunter2@host/x"),
+    ],
+)
+def test_passwords_in_addresses_are_refused_and_not_repeated(
+    workspace: Any, key: str, value: Any
+) -> None:
+    before = workspace.params_file.read_text()
+    with pytest.raises(BadInput, match=r"no password in params\.yaml") as error:
+        config.edit(workspace.params_file, {key: value})
+    assert key in str(error.value) and "hunter2" not in str(error.value)
+    assert workspace.params_file.read_text() == before
+
+
+def test_passwords_leave_the_servers_addresses() -> None:
+    from ringmo.environment import part_passwords, shown
+
+    env = {
+        "MLFLOW_TRACKING_URI": "https://ada:hunt%40er2@mlflow.example:5000/x",
+        "PREFECT_API_URL": "http://admin:hunter3@127.0.0.1:4200/api",
+    }
+    part_passwords(env)
+    assert env == {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example:5000/x",
+        "MLFLOW_TRACKING_USERNAME": "ada",
+        "MLFLOW_TRACKING_PASSWORD": "hunt@er2",
+        "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+        "PREFECT_API_AUTH_STRING": "admin:hunter3",
+    }
+    part_passwords(env)
+    assert env["MLFLOW_TRACKING_PASSWORD"] == "hunt@er2"
+    database = {"MLFLOW_TRACKING_URI": "postgresql://ada:hunter2@host/mlflow"}
+    part_passwords(database)
+    assert database["MLFLOW_TRACKING_URI"].count("hunter2") == 1
+    assert shown(database["MLFLOW_TRACKING_URI"]) == "postgresql://host/mlflow"
+    with pytest.raises(BadInput, match="AWS_ENDPOINT_URL: no password") as error:
+        part_passwords({"AWS_ENDPOINT_URL": "http://key:hunter2@host"})
+    assert "hunter2" not in str(error.value)

@@ -324,7 +324,7 @@ class TileStore:
         """The bytes of one tile.
 
         Raises:
-            BadInput: the shard is missing or too short.
+            BadInput: the shard is missing or too short, or none of this folder.
         """
         data = os.pread(self._open(shard), size, offset)
         if len(data) != size:
@@ -340,8 +340,12 @@ class TileStore:
             with self._lock:
                 descriptor = self._files.get(shard)
                 if descriptor is None:
+                    # A manifest may come from anywhere: it names files of this folder alone.
+                    if Path(shard).name != shard or shard_number(Path(shard)) is None:
+                        raise BadInput(f"{shard[:200]!r} is no shard's name: run `dvc checkout`")
+                    how = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
                     try:
-                        descriptor = os.open(self.root / shard, os.O_RDONLY | os.O_CLOEXEC)
+                        descriptor = os.open(self.root / shard, how)
                     except OSError as error:
                         raise BadInput(
                             f"{self.root / shard}: {error.strerror}: "

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ringmo.config import Config, read_yaml
@@ -241,7 +241,13 @@ class Cache:
                 self.root = Path(repo.cache.local.path)
 
     def file(self, digest: str) -> Path:
-        """Where the file, or the list, of this MD5 lies if it is here."""
+        """Where the file, or the list, of this MD5 lies if it is here.
+
+        Raises:
+            BadInput: it is no MD5, and might name any file.
+        """
+        if not re.fullmatch(r"[0-9a-f]{32}(\.dir)?", digest):
+            raise BadInput(f"{digest[:80]!r} is no MD5 of DVC's")
         return self.root / digest[:2] / digest[2:]
 
     def objects(self) -> Iterator[tuple[str, Path]]:
@@ -276,12 +282,16 @@ def listed(listing: bytes) -> dict[str, str]:
     """A folder's list: path below the folder → MD5.
 
     Raises:
-        BadInput: it is none.
+        BadInput: it is none, or names a file outside of its folder.
     """
     try:
-        return {row["relpath"]: row["md5"] for row in json.loads(listing)}
+        found = {str(row["relpath"]): str(row["md5"]) for row in json.loads(listing)}
     except (ValueError, KeyError, TypeError):
         raise BadInput("not one of DVC's lists of a folder's files") from None
+    for name in found:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BadInput(f"a list of DVC's names {name[:80]!r}, outside of its folder")
+    return found
 
 
 def folder_hash(files: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ringmo import tasks
-from ringmo.config import Finetune, Model, Sensor
+from ringmo.config import MAX_SIDE, Finetune, Model, Sensor
 from ringmo.data.decode import Pixels, filled, fitted
 from ringmo.data.loading import SelectedTiles, padded, square
 from ringmo.data.values import decoded_pixels
@@ -79,8 +79,8 @@ class Meta(BaseModel):
     schema_version: Literal[2, 3] = Field(alias="schema")
     kind: str
     architecture: Model
-    image_size: int = Field(ge=1)
-    resize: int | None = Field(None, ge=1)
+    image_size: int = Field(ge=1, le=MAX_SIDE)
+    resize: int | None = Field(None, ge=1, le=MAX_SIDE)
     tile_pixels: int | None = Field(None, ge=1)
     gsd_m: dict[Literal["low", "high"], Annotated[float, Field(gt=0)]] | None = None
     settings: Finetune = Finetune.model_validate(PLAIN)
@@ -404,6 +404,10 @@ def load(folder: Path, device: str = "cpu") -> Bundle:
     if not {EXAMPLE_IMAGE, EXAMPLE_ANSWER} <= example.keys():
         raise BadInput(f"{folder / WEIGHTS} lacks the example: no whole bundle")
     architecture = Model.model_validate(meta["architecture"])
+    # Before memory is asked for: what a stranger wrote may name any size.
+    sizes = [size for tensor in tensors.values() for size in tensor.shape]
+    if architecture.embed_dim > max(sizes, default=0) or sum(architecture.depths) > len(tensors):
+        raise BadInput(f"{folder / META}: architecture: {WEIGHTS} holds no model of this size")
     bands = {name: len(sensor["bands"]) for name, sensor in meta["sensors"].items()}
     task = None if meta["kind"] == ENCODER else tasks.find(meta["kind"])
     trunk = encoder(architecture, bands, finetuning=task is not None)

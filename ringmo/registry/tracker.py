@@ -25,7 +25,9 @@ from ringmo.environment import (
     TRACKING_PASSWORD,
     TRACKING_URI,
     TRACKING_USERNAME,
+    part_passwords,
     quiet_telemetry,
+    shown,
 )
 from ringmo.errors import BadInput, Unreachable
 from ringmo.workspace import Workspace
@@ -164,16 +166,17 @@ class Tracker:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        part_passwords(os.environ)
         self.uri = tracking_uri(workspace)
         if self.uri.startswith("http") and not _answers(self.uri):
             if TRACKING_URI.read():
                 raise Unreachable(
-                    f"MLflow at {self.uri} does not answer ({TRACKING_URI.name}): "
+                    f"MLflow at {shown(self.uri)} does not answer ({TRACKING_URI.name}): "
                     f"start it, or unset the variable to use this workspace's own"
                 )
             self.uri = _sqlite(workspace)  # what the local server keeps, without the server
         # Which runs these are, whether asked through the local server or the file.
-        self.store = self.uri if TRACKING_URI.read() else "local"
+        self.store = shown(self.uri) if TRACKING_URI.read() else "local"
         self._artifacts = workspace.state / "mlflow" / EXPERIMENTS_FOLDER
         self._experiments: dict[str, str] = {}
         mlflow = _mlflow()
@@ -594,7 +597,7 @@ class Accounts:
         if not self.uri.startswith("http"):
             raise BadInput(f"{TRACKING_URI.name} names no server: only a server has accounts")
         if not _answers(self.uri):
-            raise Unreachable(f"MLflow at {self.uri} does not answer ({TRACKING_URI.name})")
+            raise Unreachable(f"MLflow at {shown(self.uri)} does not answer ({TRACKING_URI.name})")
         _mlflow()
         with warnings.catch_warnings():  # of the server's own parts, which come along
             warnings.simplefilter("ignore")
@@ -665,6 +668,7 @@ def _asking(uri: str) -> Iterator[None]:
     from requests import HTTPError
     from sqlalchemy.exc import SQLAlchemyError
 
+    uri = shown(uri)
     try:
         yield
     except MlflowException as error:
@@ -799,13 +803,13 @@ class Glance:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             why = "refused us" if error.code in (401, 403) else f"answers {error.code}"
-            raise Unreachable(f"MLflow at {self.uri} {why}") from None
+            raise Unreachable(f"MLflow at {shown(self.uri)} {why}") from None
         except (OSError, ValueError):
-            raise Unreachable(f"MLflow at {self.uri} does not answer") from None
+            raise Unreachable(f"MLflow at {shown(self.uri)} does not answer") from None
 
 
 def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0][:240])
 
 
 def bundle_hash(folder: Path) -> str:
