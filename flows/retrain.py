@@ -29,7 +29,8 @@ def retrain(workspace: str, reason: str = "by hand") -> Any:
     with chain_lock.alone(place, run) as dead:
         if dead:
             watch.bury(dead, run)
-        return _run(place, {"flow_run": run, "reason": reason})
+        with watch.followed(run):
+            return _run(place, {"flow_run": run, "reason": reason})
 
 
 def _run(place: Workspace, tags: dict[str, str]) -> Any:
