@@ -4,7 +4,8 @@ Prefect's server does the looking, by automations that lie in its database, so t
 a restart and no process of ours has to live for it:
 
 - a flow that gives no sign of life for SILENCE_S is Crashed, and gives back the slot that it held;
-- a crashed run of a deployment is begun again, TRIES times in all, by the next worker that is free.
+- a crashed run of a deployment is begun again after AGAIN_S, TRIES times in all, by the next worker
+  that is free.
   What was done is not done again, and a training goes on from its checkpoint;
 - a run that was to be cancelled and whose worker is gone is Cancelled after CANCEL_S;
 - a run that a worker took and did not start within START_S is given to the next one.
@@ -36,6 +37,9 @@ from prefect.states import Completed, Crashed
 FLOWS = ["retrain", "ringmo-drift"]
 # Four signs of life (services.PATIENCE) are missing: three may be late when a server starts again.
 SILENCE_S = 120
+# A worker tells of a crash twice, and of a process that ended long after it: by then the run must
+# not have begun again, or it would crash once more.
+AGAIN_S = 60
 START_S = 600
 TRIES = 3
 OBEY_S = 30.0
@@ -105,10 +109,11 @@ def automations() -> list[AutomationCore]:
                     }
                 ),
                 **of_run,
-                expect={"prefect.flow-run.Crashed"},
-                posture=Posture.Reactive,
+                after={"prefect.flow-run.Crashed"},
+                expect={f"prefect.flow-run.{state}" for state in ("AwaitingRetry", "Scheduled")},
+                posture=Posture.Proactive,
                 threshold=1,
-                within=timedelta(0),
+                within=timedelta(seconds=AGAIN_S),
             ),
             actions=[again("crashed: begun again")],
         ),

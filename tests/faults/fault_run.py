@@ -303,19 +303,18 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What must be the same, however a run was disturbed."""
-        weights = {
-            stage: hashlib.sha256(
-                (self.place.work(stage) / folder / "model.safetensors").read_bytes()
-            ).hexdigest()[:16]
-            for stage, folder in (
-                ("pretrain", "encoder"),
-                ("finetune@scene", "model"),
-                ("scratch@scene", "model"),
-            )
+        work, store = self.place.work, self.place.store
+        files = {
+            "encoder": work("pretrain") / "encoder" / "model.safetensors",
+            "model": work("finetune@scene") / "model" / "model.safetensors",
+            "model from scratch": work("scratch@scene") / "model" / "model.safetensors",
+            # The manifest names the sources' folders, which are others in each run.
+            **{path.name: path for path in sorted(store.glob("*.tar"))},
+            **{path.name: path for path in sorted(work("select").glob("*.parquet"))},
         }
-        store = read_yaml(self.place.root / "data" / "store.dvc")["outs"][0]["md5"]
+        hashes = {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, path in files.items()}
         locked = sorted(read_yaml(self.place.root / "dvc.lock")["stages"])
-        return {"weights": weights, "store": store, "locked": locked}
+        return {"files": hashes, "locked": locked}
 
     def wrong(self, expected: dict[str, Any]) -> list[str]:
         """What is not as it must be after the run; nothing is the good answer."""
