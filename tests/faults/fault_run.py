@@ -51,10 +51,12 @@ LASTS = {  # long enough to be hit in the middle, and to save on the way
 }
 DEPLOY = """
 import json, sys
+from flows import watch
 from flows.deployment import deploy
 from ringmo.config import Config
 from ringmo.workspace import Workspace
 place = Workspace.find(sys.argv[1])
+watch.AGAIN_S = float(sys.argv[2] or watch.AGAIN_S)
 print(json.dumps(deploy(Config.load(place.params_file), place)))
 """
 
@@ -74,9 +76,12 @@ class Run:
     """A workspace of its own on a rig, deployed; `begin` starts the chain.
 
     small: its disk has so many megabytes (a file system of its own, which root alone can mount).
+    again_s: seconds before a crashed run is begun again, other than `flows.watch` has it.
     """
 
-    def __init__(self, rig: Rig, folder: Path, remote: str, small: int = 0) -> None:
+    def __init__(
+        self, rig: Rig, folder: Path, remote: str, small: int = 0, again_s: str = ""
+    ) -> None:
         self.rig = rig
         self.flow_runs: list[str] = []
         self.disk = folder / "disk"
@@ -95,7 +100,7 @@ class Run:
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         done = subprocess.run(
-            [sys.executable, "-c", DEPLOY, str(self.place.root)],
+            [sys.executable, "-c", DEPLOY, str(self.place.root), again_s],
             env=rig.environment,
             capture_output=True,
             text=True,
