@@ -38,7 +38,7 @@ PATIENCE = {
 # Of the server: slots that are taken must be known after a restart, else runs that hold one are
 # cancelled when they next ask for it. Prefect's own is its memory.
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
-START_LIMIT_S = 180.0
+START_LIMIT_S = 600.0  # for a process that lives: a busy machine takes minutes
 GRACE_S = 15.0
 
 
