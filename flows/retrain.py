@@ -94,11 +94,12 @@ def retrain(
     with chain_lock.alone(place, run) as dead:
         if dead:
             watch.bury(dead, run)
-        try:
-            config.edit(place.params_file, settings.changes())
-        except BadInput as error:
-            return Failed(message=str(error), data=error)
-        return _run(place, {"flow_run": run, "reason": reason}, anew)
+        with watch.followed(run):
+            try:
+                config.edit(place.params_file, settings.changes())
+            except BadInput as error:
+                return Failed(message=str(error), data=error)
+            return _run(place, {"flow_run": run, "reason": reason}, anew)
 
 
 def _run(place: Workspace, tags: dict[str, str], anew: bool) -> Any:

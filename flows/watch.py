@@ -4,7 +4,8 @@ Prefect's server does the looking, by automations that lie in its database, so t
 a restart and no process of ours has to live for it:
 
 - a flow that gives no sign of life for SILENCE_S is Crashed, and gives back the slot that it held;
-- a crashed run of a deployment is begun again, TRIES times in all, by the next worker that is free.
+- a crashed run of a deployment is begun again after AGAIN_S, TRIES times in all, by the next worker
+  that is free.
   What was done is not done again, and a training goes on from its checkpoint;
 - a run that was to be cancelled and whose worker is gone is Cancelled after CANCEL_S;
 - a run that a worker took and did not start within START_S is given to the next one.
@@ -13,24 +14,36 @@ A run that was declared dead and was not (a machine that slept, a server that wa
 workspace's lock (`ringmo.chain_lock`): its second try waits for it, and then finds nothing to do.
 """
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import State, StateType, TaskRun
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Completed, Crashed
 
 FLOWS = ["retrain", "ringmo-check", "ringmo-drift", "ringmo-scenes", "ringmo-uploads"]
 # Four signs of life (services.PATIENCE) are missing: three may be late when a server starts again.
 SILENCE_S = 120
+# A worker tells of a crash twice, and of a process that ended long after it: by then the run must
+# not have begun again, or it would crash once more.
+AGAIN_S = 60
 START_S = 600
 TRIES = 3
+OBEY_S = 30.0
+HEARD_S = 10.0  # that the last words of steps may be on their way
 CANCEL_S = 90  # less than SILENCE_S: what was to be cancelled is not begun again
 ENDED = {
     f"prefect.flow-run.{state}"
@@ -96,10 +109,11 @@ def automations() -> list[AutomationCore]:
                     }
                 ),
                 **of_run,
-                expect={"prefect.flow-run.Crashed"},
-                posture=Posture.Reactive,
+                after={"prefect.flow-run.Crashed"},
+                expect={f"prefect.flow-run.{state}" for state in ("AwaitingRetry", "Scheduled")},
+                posture=Posture.Proactive,
                 threshold=1,
-                within=timedelta(0),
+                within=timedelta(seconds=AGAIN_S),
             ),
             actions=[again("crashed: begun again")],
         ),
@@ -152,10 +166,49 @@ def bury(flow_run: str, this: str) -> None:
             dead = client.read_flow_run(UUID(flow_run))
         except (ObjectNotFound, ValueError):
             return  # it was known to another server
-        for step in client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[dead.id]))
-        ):
-            if step.state is not None and not step.state.is_final():
-                client.set_task_run_state(step.id, gone, force=True)
+        for step in _unended(client, dead.id):
+            client.set_task_run_state(step.id, gone, force=True)
         if flow_run != this and dead.state is not None and dead.state.is_running():
             client.set_flow_run_state(dead.id, gone)
+
+
+@contextmanager
+def followed(flow_run: str) -> Iterator[None]:
+    """While a run goes on, end its process once it counts as cancelled (after CANCEL_S).
+
+    Prefect's worker ends it before that, but listens no more when the server was away for a while;
+    and nobody listens for `ringmo run`. At the end, steps whose last word the server did not hear
+    while it was away are told it as ended.
+    """
+    over = threading.Event()
+    where = copy_context()  # whose server Prefect's client asks
+    watcher = threading.Thread(target=where.run, args=(_obey, flow_run, over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+    with suppress(Exception), get_client(sync_client=True) as client:
+        limit = time.monotonic() + HEARD_S
+        while (unended := _unended(client, UUID(flow_run))) and time.monotonic() < limit:
+            time.sleep(0.5)
+        for step in unended:
+            unheard: State[Any] = Completed(message="it ended while the server was away")
+            client.set_task_run_state(step.id, unheard, force=True)
+
+
+def _obey(flow_run: str, over: threading.Event) -> None:
+    while not over.wait(OBEY_S):
+        with suppress(Exception), get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run)).state
+            if state is not None and state.is_cancelled():
+                # At once, without a last word: that would be a crash. Its stage is told to end and
+                # saves (ringmo.process_guard).
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _unended(client: SyncPrefectClient, flow_run: UUID) -> list[TaskRun]:
+    steps = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
+    )
+    return [step for step in steps if step.state is not None and not step.state.is_final()]

@@ -45,7 +45,7 @@ JSON_LOG = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
     "PREFECT_LOGGING_COLORS": "false",
 }
-START_LIMIT_S = 180.0
+START_LIMIT_S = 600.0  # for a process that lives: a busy machine takes minutes
 GRACE_S = 15.0
 
 

@@ -51,10 +51,12 @@ LASTS = {  # long enough to be hit in the middle, and to save on the way
 }
 DEPLOY = """
 import json, sys
+from flows import watch
 from flows.deployment import deploy
 from ringmo.config import Config
 from ringmo.workspace import Workspace
 place = Workspace.find(sys.argv[1])
+watch.AGAIN_S = float(sys.argv[2] or watch.AGAIN_S)
 print(json.dumps(deploy(Config.load(place.params_file), place)))
 """
 
@@ -74,9 +76,12 @@ class Run:
     """A workspace of its own on a rig, deployed; `begin` starts the chain.
 
     small: its disk has so many megabytes (a file system of its own, which root alone can mount).
+    again_s: seconds before a crashed run is begun again, other than `flows.watch` has it.
     """
 
-    def __init__(self, rig: Rig, folder: Path, remote: str, small: int = 0) -> None:
+    def __init__(
+        self, rig: Rig, folder: Path, remote: str, small: int = 0, again_s: str = ""
+    ) -> None:
         self.rig = rig
         self.flow_runs: list[str] = []
         self.disk = folder / "disk"
@@ -95,7 +100,7 @@ class Run:
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         done = subprocess.run(
-            [sys.executable, "-c", DEPLOY, str(self.place.root)],
+            [sys.executable, "-c", DEPLOY, str(self.place.root), again_s],
             env=rig.environment,
             capture_output=True,
             text=True,
@@ -303,19 +308,18 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What must be the same, however a run was disturbed."""
-        weights = {
-            stage: hashlib.sha256(
-                (self.place.work(stage) / folder / "model.safetensors").read_bytes()
-            ).hexdigest()[:16]
-            for stage, folder in (
-                ("pretrain", "encoder"),
-                ("finetune@scene", "model"),
-                ("scratch@scene", "model"),
-            )
+        work, store = self.place.work, self.place.store
+        files = {
+            "encoder": work("pretrain") / "encoder" / "model.safetensors",
+            "model": work("finetune@scene") / "model" / "model.safetensors",
+            "model from scratch": work("scratch@scene") / "model" / "model.safetensors",
+            # The manifest names the sources' folders, which are others in each run.
+            **{path.name: path for path in sorted(store.glob("*.tar"))},
+            **{path.name: path for path in sorted(work("select").glob("*.parquet"))},
         }
-        store = read_yaml(self.place.root / "data" / "store.dvc")["outs"][0]["md5"]
+        hashes = {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, path in files.items()}
         locked = sorted(read_yaml(self.place.root / "dvc.lock")["stages"])
-        return {"weights": weights, "store": store, "locked": locked}
+        return {"files": hashes, "locked": locked}
 
     def wrong(self, expected: dict[str, Any]) -> list[str]:
         """What is not as it must be after the run; nothing is the good answer."""

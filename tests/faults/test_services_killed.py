@@ -23,7 +23,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def test_every_service_is_killed_once_and_the_run_ends_well(rig: Rig, tmp_path: Path) -> None:
     """SIGKILL to one at a time, where it is needed or will be soon; all the other pairs of service
     and stage are `make faults`."""
-    run = Run(rig, tmp_path / "run", "run")
+    run = Run(rig, tmp_path / "run", "run", again_s="10")
     run.begin()
     cells = [
         run.disturb(fault, stage)

@@ -1,0 +1,102 @@
+"""Runs whose process was killed: found, and begun again, by a real server and a real worker."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect_api import api
+from servers import free_port
+
+from ringmo import config, services
+from ringmo.config import Config
+from ringmo.workspace import Workspace, init
+
+pytestmark = pytest.mark.slow
+DEPLOY = """
+import sys
+from datetime import timedelta
+from flows import pool, watch
+from prefect.client.orchestration import get_client
+from prefect.types.entrypoint import EntrypointType
+from sleeping_flow import sleeping
+watch.AGAIN_S, watch.SILENCE_S = 15, 45
+watch.ensure()
+watch.ensure()  # again and again, without twins
+with get_client(sync_client=True) as client:
+    name = pool.ensure(client)
+print(sleeping.to_deployment(
+    "w", work_pool_name=name, concurrency_limit=1, parameters={"folder": sys.argv[1]},
+    entrypoint_type=EntrypointType.MODULE_PATH,
+).apply())
+"""
+
+
+def wait_for(found: Callable[[], Any], what: str, limit_s: float = 300) -> Any:
+    limit = time.monotonic() + limit_s
+    while not (answer := found()):
+        assert time.monotonic() < limit, what
+        time.sleep(0.3)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    made = init(tmp_path_factory.mktemp("watch") / "workspace")
+    config.edit(made.params_file, {"services.prefect_port": free_port()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.root / 'mlflow.db'}")
+        there = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(there))
+        patch.setenv("PREFECT_WORKER_QUERY_SECONDS", "2")
+        services.up(Config.load(made.params_file), made, worker=True)
+        yield made
+        services.down(made)
+
+
+@pytest.mark.parametrize("who", ["flow", "flow and worker"])
+def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str) -> None:
+    """The flow alone, which its worker sees; and both, which only the missing heartbeat tells."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEPLOY, str(tmp_path)],
+        env=services.environment(place),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    deployment = done.stdout.split()[-1]
+    names = [one["name"] for one in api(place, "automations/filter", {})]
+    assert len([name for name in names if name.startswith("ringmo: ")]) == len(set(names)) == 4
+    run = api(place, f"deployments/{deployment}/create_flow_run", {})["id"]
+    first = wait_for((tmp_path / "began-0").exists, "the flow to begin")
+    first = int((tmp_path / "began-0").read_text())
+
+    def states() -> list[str]:
+        found = api(place, "flow_run_states/?flow_run_id=" + run, None)
+        return [one["name"] for one in sorted(found, key=lambda one: one["timestamp"])]
+
+    wait_for(lambda: "Running" in states(), "the server to hear of it")
+    time.sleep(3)  # and of its first heartbeat
+    if who == "flow and worker":
+        worker = json.loads((place.state / "services.json").read_text())["worker"]["pid"]
+        os.kill(worker, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(first, signal.SIGKILL)
+    if who == "flow and worker":
+        services.up(Config.load(place.params_file), place, worker=True)
+    wait_for((tmp_path / "began-1").exists, f"a second try: {states()}")
+    wait_for(lambda: states()[-1] == "Completed", f"its end: {states()}")
+    assert states().count("Running") == 2 and "Crashed" in states() and "AwaitingRetry" in states()
+    assert not (tmp_path / "began-2").exists()
+    (limit,) = [
+        one for one in api(place, "v2/concurrency_limits/filter", {}) if deployment in one["name"]
+    ]
+    assert limit["active_slots"] == 0
