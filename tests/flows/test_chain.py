@@ -120,6 +120,7 @@ def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) ->
     assert any(artifact["key"] == "summary" for artifact in runs)
     assert any(artifact["key"] == "mlflow-pretrain" for artifact in runs)
     assert "Passed: " in last_artifact(place, "validation")
+    assert last_artifact(place, "progress-pretrain") == "100.0"
 
 
 def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspace) -> None:
@@ -399,8 +400,9 @@ def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
         assert done.returncode == 0, done.stderr[-3000:]
     every = api(place, "deployments/filter", {})
     found = [one for one in every if one["entrypoint"].endswith("retrain.retrain")]
-    assert len(found) == 1 and len(every) == 2
-    assert [s["schedule"]["cron"] for s in found[0]["schedules"]] == ["0 2 * * 0"]
+    assert len(found) == 1 and len(every) == 3
+    crons = {s["slug"]: s["schedule"]["cron"] for s in found[0]["schedules"]}
+    assert crons == {"schedule-retrain": "0 2 * * 0", "schedule-pretrain": "0 4 1 * *"}
     flow_run = api(place, f"deployments/{found[0]['id']}/create_flow_run", {})
     limit = time.monotonic() + 240
     state = ""

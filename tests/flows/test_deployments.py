@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -13,10 +14,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from uuid import uuid4
 
 import pytest
 from imagery import write_class_folders
 from prefect_api import api
+from servers import S3
 from tiny import TINY
 
 from ringmo import config, services
@@ -369,3 +372,90 @@ def test_two_trainings_share_no_card_and_a_dead_one_holds_none(place: Workspace)
         for one in pair:
             one.kill()
             one.wait()
+
+
+FLOW = """
+import importlib, json, sys
+module, name = sys.argv[2].split(":")
+flow = getattr(importlib.import_module(module), name)
+state = flow(sys.argv[1], **json.loads(sys.argv[3]), return_state=True)
+print(json.dumps({"type": state.type.value, "name": state.name, "message": state.message}))
+"""
+
+
+def told_runs(place: Workspace, flow: str, **parameters: Any) -> list[Any]:
+    """Flow runs that wait for a worker, with these parameters."""
+    one = deployments(place)[flow]
+    open_runs = {"flow_runs": {"state": {"type": {"any_": OPEN}}}}
+    found = api(place, "flow_runs/filter", open_runs)
+    return [
+        run
+        for run in found
+        if run["deployment_id"] == one["id"]
+        and not run["auto_scheduled"]
+        and run["parameters"].items() >= parameters.items()
+    ]
+
+
+def test_an_upload_starts_one_retraining(
+    place: Workspace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Real objects in a real bucket, whose relay posts an event to Prefect as docs/schedules.md has
+    it."""
+    store = S3(tmp_path / "s3")
+    uploaded = write_class_folders(tmp_path / "imagery")
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    sources = {"ingest__sources": ["s3://bucket/new"], "schedule__uploads": "0 0 29 2 *"}
+    store.start()
+    try:
+        endpoint = f"http://127.0.0.1:{store.port}"
+        deploy(place, **sources, ingest__endpoint=endpoint, schedule__overlap="queue")
+
+        def look() -> str:
+            what = ("flows.uploads:ringmo_uploads", json.dumps({"settle_s": 1}))
+            answer: str = python(place, FLOW, *what)["name"]
+            return answer
+
+        assert look() == "no answer"  # nothing lies there yet
+        shutil.copytree(uploaded / "town", store.folder / "bucket" / "new" / "town")
+        assert look() == "told"
+        wait_until(lambda: told_runs(place, "retrain", reason="new imagery"))
+        assert look() == "told before"
+        shutil.copytree(uploaded / "woods", store.folder / "bucket" / "new" / "woods")
+        assert look() == "cooling down"
+        assert len(told_runs(place, "retrain", reason="new imagery")) == 1
+        for run in told_runs(place, "retrain"):
+            api(place, f"flow_runs/{run['id']}", method="DELETE")
+
+        event = {
+            "id": str(uuid4()),
+            "event": "ringmo.bucket",
+            "occurred": datetime.now(UTC).isoformat(),
+            "resource": {"prefect.resource.id": "ringmo.bucket.bucket"},
+        }
+        api(place, "events", [event])
+        wait_until(lambda: told_runs(place, "ringmo_uploads"))
+    finally:
+        store.stop()
+
+
+def test_the_nightly_check_takes_in_and_judges(place: Workspace, tmp_path: Path) -> None:
+    imagery = write_class_folders(tmp_path / "imagery")
+    config.edit(place.params_file, {"ingest.sources": [str(imagery)], "ingest.endpoint": None})
+
+    def check() -> dict[str, Any]:
+        answer: dict[str, Any] = python(place, FLOW, "flows.check:ringmo_check", "{}")
+        return answer
+
+    first = check()
+    assert first["name"] == "new imagery" and "96 new images" in first["message"], first
+    started = time.monotonic()
+    assert check()["name"] == "nothing new"
+    assert time.monotonic() - started < 60
+    shutil.rmtree(imagery / "town")
+    broken = check()
+    assert broken["type"] == "FAILED" and "town" in broken["message"], broken
+    shutil.rmtree(imagery)
+    silent = check()
+    assert silent["type"] == "FAILED" and "no such folder" in silent["message"]

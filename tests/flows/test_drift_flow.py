@@ -132,9 +132,11 @@ def test_a_drift_is_told_once_and_starts_a_retraining(place: Workspace) -> None:
         "print(json.dumps(deploy(Config.load(w.params_file), w)))"
     )
     rows = json.loads(python(place, deploy).splitlines()[-1])
-    assert [row["schedule"] for row in rows] == ["0 2 * * 0", "0 6 * * *"]
-    assert len(api(place, "deployments/filter", {})) == 2
-    assert len(api(place, "automations/filter", {})) == 1
+    by_flow = {row["deployment"].partition("/")[0]: row for row in rows if row["schedule"]}
+    assert by_flow["ringmo-drift"]["schedule"] == "0 6 * * *"
+    assert len(api(place, "deployments/filter", {})) == 3
+    names = {one["name"] for one in api(place, "automations/filter", {})}
+    assert names == {f"retrain {place.root} after {why}" for why in ("drift", "new imagery")}
 
     state = watch(place)
     assert state["name"] == "drift", state
