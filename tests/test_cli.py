@@ -149,3 +149,15 @@ def test_a_full_disk_is_one_line(
     assert main(["status", "--workspace", str(workspace.root)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("ringmo: /data/shard-7.tar: no space left") and said.count("\n") == 1
+
+
+def test_a_workspace_is_made_with_other_values_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "wrong"), "--set", "versioning.remotes=s3://b"]) == 2
+    assert "did you mean `remote`?" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+    made = tmp_path / "made"
+    assert main(["init", str(made), "--set", "versioning.remote=s3://b/p"]) == 0
+    text = (made / "params.yaml").read_text()
+    assert "remote: s3://b/p" in text and "# a folder, or s3://bucket/prefix" in text

@@ -110,6 +110,8 @@ def test_what_was_made_is_on_the_servers(chain: dict[str, Any], servers: Compose
     assert not list((servers.workspace / ".ringmo" / "mlflow").glob("*.db"))
     assert not list((servers.workspace / ".ringmo" / "prefect").glob("*.db*"))
     assert not (servers.workspace / ".ringmo" / "remote").exists()
+    # Neither `deploy` nor the worker started servers or workers of their own.
+    assert json.loads((servers.workspace / ".ringmo" / "services.json").read_text()) == {}
 
 
 def test_the_model_server_answers(chain: dict[str, Any], servers: Composed) -> None:

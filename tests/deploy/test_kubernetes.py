@@ -50,12 +50,15 @@ def test_they_are_as_kubernetes_specifies(version: str) -> None:
 def filled(**variables: Any) -> dict[str, Any]:
     """The job that Prefect's own worker makes of pool.json for a flow run."""
     from prefect.client.schemas.objects import FlowRun
+    from prefect.settings import PREFECT_API_URL, temporary_settings
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     template = json.loads((FOLDER / "pool.json").read_text())
-    made = asyncio.run(
-        KubernetesWorkerJobConfiguration.from_template_and_values(template, variables)
-    )
+    # Only a template with references to blocks would ask a server; without a name one is started.
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        made = asyncio.run(
+            KubernetesWorkerJobConfiguration.from_template_and_values(template, variables)
+        )
     made.prepare_for_flow_run(FlowRun(id=uuid4(), flow_id=uuid4(), name="a run"))
     job: dict[str, Any] = made.job_manifest
     return job
