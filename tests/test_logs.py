@@ -200,6 +200,7 @@ def test_spans_are_sent_when_asked_for_and_flows_speak_in_objects(
 def test_mlflow_s_log_is_objects(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("PREFECT_API_URL", "none")  # nobody asks it
+    monkeypatch.setattr(services, "START_LIMIT_S", 600.0)
     monkeypatch.setenv("RINGMO_LOG", "json")
     config.edit(workspace.params_file, {"services.mlflow_port": free_port()})
     services.up(Config.load(workspace.params_file), workspace)
