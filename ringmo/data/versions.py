@@ -483,7 +483,7 @@ class Remote:
         with self._asking():
             if not fs.exists(root):
                 return []
-            found = fs.find(root, detail=True) if "://" in self.url else None
+            found = fs.fs.find(root, detail=True) if "://" in self.url else None
         if found is None:
             rows = [(str(p), p.stat()) for p in Path(root).rglob("*") if p.is_file()]
             return [
