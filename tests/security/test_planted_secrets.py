@@ -292,7 +292,7 @@ def test_no_planted_secret_is_found_again(team: Team) -> None:
         }
         # A door that nobody is behind, and a database that is none.
         nobody = f"http://admin:{others['mlflow']}@127.0.0.1:1"
-        database = f"postgresql://ringmo:{others['db']}@127.0.0.1:1/ringmo"
+        database = f"postgresql+psycopg2://ringmo:{others['db']}@127.0.0.1:1/ringmo"
         (team.root / "imagery" / "woods" / "woods_0_000.jpg").unlink()
         for words, changed in (
             (("run",), {"MLFLOW_TRACKING_URI": addresses["MLFLOW_TRACKING_URI"]}),
