@@ -173,9 +173,8 @@ class Desk:
     def stop(self) -> None:
         self.leave()
         self.s3.stop()
-        if self.trained is not None:
-            self.process("ringmo", "down")
-            self.process("ringmo", "down", cwd=self.trained)
+        for record in self.root.rglob("services.json"):
+            self.process("ringmo", "down", cwd=record.parents[1])
 
     @property
     def environment(self) -> dict[str, str]:
