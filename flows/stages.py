@@ -19,6 +19,7 @@ from flows.slots import slot
 from ringmo import console, services
 from ringmo.config import Config
 from ringmo.data import versions
+from ringmo.environment import shown
 from ringmo.errors import AnswerIsNo, BadInput, RingmoError, Unreachable
 from ringmo.process_group import GroupEnded, begin, end_all, run_group
 from ringmo.registry.forward import Forwarder
@@ -279,4 +280,5 @@ def as_ringmo_error(error: BaseException) -> RingmoError:
         return kinds.get(error.exit_code, BadInput)(error.reason)
     if isinstance(error, RingmoError):
         return error
-    return Unreachable(f"the flow ended early: {type(error).__name__}: {error}")
+    said = (str(error).splitlines() or [""])[0]
+    return Unreachable(shown(f"the flow ended early: {type(error).__name__}: {said}"))

@@ -63,8 +63,11 @@ def run(config: Config, workspace: Workspace) -> dict[str, Any]:
     from flows.retrain import retrain
     from flows.stages import as_ringmo_error
 
-    watch.ensure()
-    state: Any = retrain(str(workspace.root), return_state=True)
+    try:
+        watch.ensure()
+        state: Any = retrain(str(workspace.root), return_state=True)
+    except Exception as error:  # what the flow raises is in its state: this is Prefect's own
+        raise as_ringmo_error(error) from error
     outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise as_ringmo_error(outcome) from outcome

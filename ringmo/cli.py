@@ -480,8 +480,14 @@ def _deploy(arguments: Arguments) -> None:
     running = services.up(config, workspace, worker=True)
     os.environ.update(services.environment(workspace))  # before Prefect is first imported
     from flows.deployment import deploy
+    from flows.stages import as_ringmo_error
 
-    rows = deploy(config, workspace)
+    try:
+        rows = deploy(config, workspace)
+    except RingmoError:
+        raise
+    except Exception as error:  # Prefect refuses the password, or went away
+        raise as_ringmo_error(error) from error
     text = console.table(
         [
             (row["deployment"], row["schedule"] or "-", row["does"] or "by hand", row["url"] or "")

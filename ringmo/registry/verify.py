@@ -473,8 +473,8 @@ class _Chain:
 
     def _file(self, name: str, md5: str) -> Path | None:
         """A file of the data version: in DVC's cache, else the store's if that is this version."""
-        kept = self.cache.file(md5) if md5 else None
-        if kept is not None and kept.is_file():
+        kept = self.cache.file(md5)
+        if md5 and kept.is_file():
             return kept
         ours = self.workspace.store / Path(name).name
         current = versions.data_version(self.workspace) == self.tags.get("data_version")

@@ -80,7 +80,8 @@ def typed(page: Path) -> Iterator[Command]:
         number = 0
         while number < len(lines):
             at, text = number, lines[number].strip().removeprefix("$ ")
-            word = text.split(" ", 1)[0]
+            # NAME=value may stand before a program.
+            word = re.sub(r"^(?:[A-Z_]+=\S+ +)+", "", text).split(" ", 1)[0]
             if word in PROGRAMS:
                 # A line goes on after a backslash, or while a quote is open.
                 while text.endswith("\\") or _open(text):
