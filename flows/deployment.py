@@ -54,6 +54,7 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
         for deployment in wanted:
             identifier = deployment.apply()
             kept.add(identifier)
+            _forget_schedules(client, identifier, deployment)
             rows += _rows(deployment, pages.of_deployment(identifier))
         for old in _deployed(client, workspace):
             if old.id not in kept:
@@ -148,6 +149,14 @@ def _wanted(
                 )
             ],
         )
+
+
+def _forget_schedules(client: Any, identifier: Any, deployment: RunnerDeployment) -> None:
+    """Delete the schedules that are wanted no more: Prefect only adds to those it has."""
+    wanted = {schedule.slug for schedule in deployment.schedules or []}
+    for schedule in client.read_deployment_schedules(identifier):
+        if schedule.slug not in wanted:
+            client.delete_deployment_schedule(identifier, schedule.id)
 
 
 def _buckets(config: Config) -> list[str]:
