@@ -302,7 +302,10 @@ class Run:
     # What came out
 
     def remove(self) -> None:
-        """The small disk, once nobody uses it."""
+        """What still runs, and the small disk."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if os.path.ismount(self.disk):
             subprocess.run(["umount", "--lazy", self.disk], check=True)
 
