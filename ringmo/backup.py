@@ -24,6 +24,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ringmo import __version__, console, services
+from ringmo import config as configuration
 from ringmo.config import Config
 from ringmo.data.buckets import Bucket
 from ringmo.environment import (
@@ -351,14 +353,15 @@ def backup(config: Config, workspace: Workspace, to: Path) -> dict[str, Any]:
     return {"backup": str(to), "parts": parts}
 
 
-def restore(root: Path, source: Path) -> dict[str, Any]:
+def restore(root: Path, source: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Bring a backup onto empty servers, and into a workspace that has no data yet.
 
     All of it is read and compared with SHA256SUMS before anything is written. Killed meanwhile,
     the same command goes on. The servers must not run.
 
     Args:
-        root: the workspace; made if there is none.
+        root: the workspace; made if there is none. changes: of its params.yaml, by dotted key:
+            DVC's remote may have another address now.
 
     Returns:
         backup, workspace, parts: as `backup` told.
@@ -390,6 +393,7 @@ def restore(root: Path, source: Path) -> dict[str, Any]:
     for found in Folder(source / "workspace").sizes():
         Folder(source / "workspace").fetch(found, workspace.root / found)
     write_json(done_file, {"backup": about["sums"], "done": done})
+    configuration.edit(workspace.params_file, dict(changes or {}))
     config = Config.load(workspace.params_file)
     remote = _remote(config, workspace)
     _check_subset(remote, source / "dvc")

@@ -136,14 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     init = verb("init", _init, "make a workspace")
     init.add_argument("dir", metavar="DIR")
-    init.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="extend",
-        nargs="+",
-        default=[],
-        help="values of its params.yaml that are not the usual ones",
-    )
     verb("up", _up, "start the local MLflow and Prefect servers and a worker")
     verb("down", _down, "end what `up` and `run` started")
     verb("status", _status, "what runs where")
@@ -165,6 +157,15 @@ def build_parser() -> argparse.ArgumentParser:
     backup.add_argument("dir", metavar="DIR", help="a new folder, best on another disk")
     restore = verb("restore", _restore, "bring a backup onto empty servers, into a workspace")
     restore.add_argument("dir", metavar="DIR", help="what `backup` wrote")
+    for added in (init, restore):
+        added.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="extend",
+            nargs="+",
+            default=[],
+            help="values of its params.yaml that differ",
+        )
     user = verb("user", _user, "an account on MLflow's server: who may look, run, promote")
     user.add_argument("name", metavar="NAME", help="of an account that is there, or shall be")
     user.add_argument(
@@ -387,7 +388,7 @@ def _changes(arguments: Arguments) -> dict[str, Any]:
             known = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
             raise BadInput(f"--recipe {arguments.recipe}: no such recipe; there are: {known}")
         changes |= configuration.recipe(recipe)
-    changes |= dict(configuration.parse_assignment(text) for text in arguments.set)
+    changes |= _assigned(arguments.set)
     if getattr(arguments, "task", None):
         changes["tasks"] = list(dict.fromkeys(arguments.task))
     if arguments.data:
@@ -410,11 +411,18 @@ def _source(text: str) -> str:
 # Services
 
 
+def _assigned(texts: list[str]) -> dict[str, Any]:
+    """What --set changes, by dotted key."""
+    from ringmo import config as configuration
+
+    return dict(configuration.parse_assignment(text) for text in texts)
+
+
 def _init(arguments: Arguments) -> None:
     from ringmo import config as configuration
     from ringmo.workspace import init, template
 
-    changes = dict(configuration.parse_assignment(text) for text in arguments.set)
+    changes = _assigned(arguments.set)
     configuration.edited(template("params.yaml"), changes)  # before anything is made
     made = init(Path(arguments.dir))
     configuration.edit(made.params_file, changes)
@@ -511,7 +519,7 @@ def _restore(arguments: Arguments) -> None:
     from ringmo import backup
 
     root = Path(arguments.workspace or os.environ.get("RINGMO_WORKSPACE") or ".")
-    done = backup.restore(root, Path(arguments.dir))
+    done = backup.restore(root, Path(arguments.dir), _assigned(arguments.set))
     following = f"start the servers, then `ringmo deploy --workspace {done['workspace']}`"
     console.result(done, backup.text(done, following))
 

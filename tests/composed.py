@@ -179,7 +179,9 @@ class Composed:
     def stop(self, *services: str) -> None:
         """SIGTERM, and SIGKILL after a while; without a name for all, and their data go."""
         for name in services or list(self.processes)[::-1]:
-            self._end(name, signal.SIGTERM, 20)
+            # As its image does: by SIGTERM it would wait for whoever is connected.
+            how = signal.SIGINT if name == "postgres" else signal.SIGTERM
+            self._end(name, how, 20)
         if not services:
             shutil.rmtree(self.database, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Postgres:
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)  # SIGTERM waits for whoever is connected
             self.process.wait(30)
         shutil.rmtree(self.folder, ignore_errors=True)
 

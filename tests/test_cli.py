@@ -24,7 +24,7 @@ VERBS = {
     "deploy": {"--init-env"},
     "user": {"--role"},
     "backup": set(),
-    "restore": set(),
+    "restore": {"--set"},
     "ingest": set(),
     "validate": set(),
     "select": set(),

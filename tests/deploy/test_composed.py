@@ -184,7 +184,9 @@ def test_a_backup_comes_back_on_empty_servers(
         other._complete("buckets")
         other.start("postgres")
         other.wait("postgres")
-        done = other.run("ringmo", "restore", str(saved), service="backup", more=path)
+        endpoint = f"versioning.endpoint={other.url('s3')}"
+        restore = ("ringmo", "restore", str(saved), "--set", endpoint)
+        done = other.run(*restore, service="backup", more=path)
         assert done.returncode == 0, done.stderr
         for name in ("prefect", "mlflow"):
             assert rows(servers, name) == rows(other, name)
