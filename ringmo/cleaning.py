@@ -525,14 +525,15 @@ def _production(plan: _Plan) -> None:
 
 
 def _by_age(plan: _Plan) -> None:
-    """What no other result names: a comparison's pieces, unfinished answers."""
+    """What no other result names: a comparison's pieces, unfinished answers. Finished ones are
+    their owner's."""
     heap = plan.heap("comparisons and unfinished answers")
-    for folder in ("compare", "answers"):
-        for path in _within(plan.workspace.state / folder):
-            if plan.young(_touched(path)):
-                heap.stay += 1
-            else:
-                heap.items.append(_of_path(path))
+    state = plan.workspace.state
+    for path in (*_within(state / "compare"), *sorted((state / "answers").glob(".*.work"))):
+        if plan.young(_touched(path)):
+            heap.stay += 1
+        else:
+            heap.items.append(_of_path(path))
 
 
 def _logs(plan: _Plan) -> None:

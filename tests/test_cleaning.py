@@ -421,12 +421,18 @@ def test_samples_and_what_killed_commands_left_go_by_their_age(place: Workspace)
     for path in (left, new):
         path.mkdir()
     os.utime(left, (time.time() - 7200,) * 2)
+    answers = place.state / "answers"
+    (answers / ".begun.work").mkdir(parents=True)
+    (answers / "finished.mask.tif").write_bytes(b"somebody's")
+    for path in answers.iterdir():
+        os.utime(path, (1, 1))
     done = counts(clean(place))
     assert done["samples of production"] == 2 and done["left by what was killed"] == 1
     assert sorted(p.name for p in (place.state / "production" / "scene").iterdir()) == [
         days[1].isoformat(), days[0].isoformat(),
     ]  # fmt: skip
     assert new.is_dir() and not left.exists()
+    assert [path.name for path in answers.iterdir()] == ["finished.mask.tif"]
 
 
 def test_figures_that_mlflow_has_not_got_stay(place: Workspace) -> None:
