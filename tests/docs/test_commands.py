@@ -367,7 +367,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator
 
 
 # The start page first: it makes the workspace.
-ORDER = sorted({command.page for command in COMMANDS}, key=lambda page: page != "docs/start.md")
+PAGES = {command.page for command in COMMANDS}
+ORDER = sorted(PAGES, key=lambda page: (page != "docs/start.md", page))
 
 
 @pytest.mark.slow
