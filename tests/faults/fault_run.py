@@ -22,6 +22,9 @@ from ringmo import config
 from ringmo.config import read_yaml
 from ringmo.workspace import Workspace, init
 
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+TRIES = 3  # flows.watch.TRIES, whose module would load Prefect here
+
 STAGES = (  # as they come, one after the other
     *("ingest", "validate", "select", "pretrain", "scratch@scene", "finetune@scene"),
     *("evaluate@scene", "register@encoder", "register@scene"),
@@ -287,10 +290,14 @@ class Run:
         wait_for(passed, f"what comes after {stage}", 1200)
 
     def _ended(self) -> bool:
-        if self.state()["type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        """For good: one that crashed is begun again a while later, TRIES times in all."""
+        run = self.rig.api(f"flow_runs/{self.flow_run}")
+        if run["state"]["type"] not in ENDED:
+            return False
+        if run["state"]["type"] == "CRASHED" and run["run_count"] < TRIES:
             return False
         time.sleep(3)
-        return self.state()["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return self.state()["type"] in ENDED
 
     def _group(self, pid: int) -> list[int]:
         """All processes of the stage's group, and its guard."""
