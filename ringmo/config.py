@@ -668,7 +668,9 @@ class Config(Section):
         Raises:
             BadInput: one line naming the file, the key, and for a misspelt key the nearest one.
         """
-        return cls.check(read_yaml(path), str(path))
+        values = read_yaml(path)
+        _check_for_dvc(path)
+        return cls.check(values, str(path))
 
     @classmethod
     def check(cls, values: Any, where: str) -> "Config":
@@ -728,6 +730,25 @@ def read_yaml(path: Path) -> Any:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise BadInput(f"{path}, line {line}: not YAML: {error.problem}") from None
+
+
+def _check_for_dvc(path: Path) -> None:
+    """Whether DVC, whose reader is stricter, can read the file too.
+
+    Raises:
+        BadInput: it cannot, in most cases for a bare s3://… in a list.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        YAML(typ="safe").load(path)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise BadInput(
+            f"{path}, line {line}: DVC cannot read it: {error.problem}: put quotes around what has "
+            f'a colon, as "s3://BUCKET/PREFIX"'
+        ) from None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -791,6 +812,13 @@ def _edited(path: Path, changes: dict[str, Any]) -> tuple[Config, str]:
     yaml.width = 4096
     yaml.representer.add_representer(
         type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    # DVC's reader takes a bare s3://… in a list for an error.
+    yaml.representer.add_representer(
+        str,
+        lambda self, text: self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style='"' if ":" in text else None
+        ),
     )
     document = yaml.load(path)
     for key, value in changes.items():

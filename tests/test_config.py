@@ -119,3 +119,16 @@ def test_a_workspace_is_made_once_and_found_from_the_environment(
     assert Workspace.find().root == made.root
     with pytest.raises(BadInput, match="is no workspace"):
         Workspace.find(tmp_path)
+
+
+def test_an_address_in_a_list_is_written_as_dvc_reads_it(workspace: Any) -> None:
+    """Bare, DVC's reader takes it for an error, and no run ever gets beyond its ingest."""
+    from ruamel.yaml import YAML
+
+    config.edit(workspace.params_file, {"ingest.sources": ["s3://bucket/new"]})
+    assert YAML(typ="safe").load(workspace.params_file)["ingest"]["sources"] == ["s3://bucket/new"]
+    text = workspace.params_file.read_text()
+    workspace.params_file.write_text(text.replace('["s3://bucket/new"]', "[s3://bucket/new]"))
+    with pytest.raises(BadInput, match="put quotes around") as error:
+        Config.load(workspace.params_file)
+    assert "\n" not in str(error.value)
