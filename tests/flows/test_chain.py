@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,16 @@ def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
     found = [one for one in every if one["entrypoint"].endswith("retrain.retrain")]
     assert len(found) == 1 and len(every) == 2
     assert [s["schedule"]["cron"] for s in found[0]["schedules"]] == ["0 2 * * 0"]
+    waiting = {
+        "deployments": {"id": {"any_": [found[0]["id"]]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    limit = time.monotonic() + 120
+    while not (runs := api(place, "flow_runs/filter", waiting)):
+        assert time.monotonic() < limit, "the server makes no run of the schedule"
+        time.sleep(1)
+    when = datetime.fromisoformat(runs[0]["expected_start_time"])
+    assert (when.weekday(), when.hour) == (6, 2)
     flow_run = api(place, f"deployments/{found[0]['id']}/create_flow_run", {})
     limit = time.monotonic() + 240
     state = ""
