@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,17 @@ def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
     assert len(found) == 1 and len(every) == 3
     crons = {s["slug"]: s["schedule"]["cron"] for s in found[0]["schedules"]}
     assert crons == {"schedule-retrain": "0 2 * * 0", "schedule-pretrain": "0 4 1 * *"}
+    waiting = {
+        "deployments": {"id": {"any_": [found[0]["id"]]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    limit = time.monotonic() + 120
+    while not (runs := api(place, "flow_runs/filter", waiting)):
+        assert time.monotonic() < limit, "the server makes no run of the schedule"
+        time.sleep(1)
+    when = [datetime.fromisoformat(run["expected_start_time"]) for run in runs]
+    weekly = [day for day in when if day.hour == 2]
+    assert weekly and {day.weekday() for day in weekly} == {6}
     flow_run = api(place, f"deployments/{found[0]['id']}/create_flow_run", {})
     limit = time.monotonic() + 240
     state = ""

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,16 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     return str(write_model(tmp_path / "bundle", SWIN, classes=["airport", "forest"]))
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    server = S3(tmp_path / "s3")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    server.start()
-    yield server
-    server.stop()
 
 
 def helpers(workspace: Workspace, model: str, out: Path, names: list[str], count: int) -> Any:

@@ -1,7 +1,6 @@
 """What scenes may be: other bands, grids and scales, objects in buckets, and nothing of use."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,16 +241,6 @@ def test_small_images_are_answered_as_ever_and_large_ones_as_scenes(
     assert "confidence" in said and "pixels/s" in said and "Next: open" in said
     again = predict(workspace, files, model)
     assert "times" not in again[1] and again[1]["shares"] == large["shares"]  # done already
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: Any) -> Iterator[S3]:
-    server = S3(tmp_path / "s3")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.mark.slow

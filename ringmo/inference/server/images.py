@@ -120,14 +120,15 @@ def _opened_there(root: Bucket, name: str) -> Iterator[Any]:
     odd = not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/"))
     try:
         found = None if odd else root.opened(name)
-        if found is None:
-            raise Refused(404, f"{name[:200]!r}: no such object below the server's prefix")
-        parts = io.BufferedReader(found, PART)
-        form = decode.kind(parts.read(16))
     except (BadInput, Unreachable) as error:
         raise Refused(502, str(error)) from None
-    except OSError:
-        raise Refused(502, str(found and found.failure)) from None
+    if found is None:
+        raise Refused(404, f"{name[:200]!r}: no such object below the server's prefix")
+    parts = io.BufferedReader(found, PART)
+    try:
+        form = decode.kind(parts.read(16))
+    except OSError as error:
+        raise Refused(502, error.strerror or "the bucket broke off") from None
     if form is None:
         raise _no_image(name)
     parts.seek(0)
