@@ -58,12 +58,9 @@ def deploy(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
             rows += _rows(deployment, pages.of_deployment(identifier))
         for old in _deployed(client, workspace):
             if old.id not in kept:
-                # With its schedules and triggers; its flow runs stay.
-                client.delete_resource_owned_automations(f"prefect.deployment.{old.id}")
-                client.delete_deployment(old.id)
                 flow = client.read_flow(old.flow_id).name
-                row = {"deployment": f"{flow}/{old.name}", "schedule": "removed"}
-                rows.append(row | {"does": "params.yaml no longer wants it", "url": None})
+                row = {"deployment": f"{flow}/{old.name}", "url": None}
+                rows.append(row | {"schedule": "removed", "does": _remove(client, old)})
     watch.ensure()
     return rows
 
@@ -149,6 +146,21 @@ def _wanted(
                 )
             ],
         )
+
+
+def _remove(client: Any, old: Any) -> str:
+    """Take a deployment away with its schedules and triggers; its flow runs stay. Says why.
+
+    One whose run goes on stays without schedule and trigger until the next `deploy`: Prefect's
+    server could not give back that run's slot, and would refuse whatever state it ends in.
+    """
+    client.delete_resource_owned_automations(f"prefect.deployment.{old.id}")
+    if turns.goes_on(client, old.id):
+        for schedule in client.read_deployment_schedules(old.id):
+            client.delete_deployment_schedule(old.id, schedule.id)
+        return "params.yaml no longer wants it; a run of it goes on"
+    client.delete_deployment(old.id)
+    return "params.yaml no longer wants it"
 
 
 def _forget_schedules(client: Any, identifier: Any, deployment: RunnerDeployment) -> None:

@@ -42,12 +42,18 @@ DUE = [StateType.SCHEDULED, StateType.PENDING]
 PAGE = 200  # runs that Prefect lists at a time
 
 
-def options(overlap: str) -> ConcurrencyLimitConfig | None:
-    """Of a deployment, one run at a time: what becomes of the next, as schedule.overlap says."""
-    if overlap == "replace":
-        return None
+def options(overlap: str) -> ConcurrencyLimitConfig:
+    """Of a deployment, one run at a time: what becomes of the next, as schedule.overlap says.
+
+    Where it is to replace the one before, both go on for a while. They have a limit all the same:
+    were it taken from the deployment while a run goes on, Prefect's server could not give back the
+    run's slot, and would refuse whatever state that run ends in.
+    """
     skip, queue = ConcurrencyLimitStrategy.CANCEL_NEW, ConcurrencyLimitStrategy.ENQUEUE
-    return ConcurrencyLimitConfig(limit=1, collision_strategy=skip if overlap == "skip" else queue)
+    return ConcurrencyLimitConfig(
+        limit=PAGE if overlap == "replace" else 1,
+        collision_strategy=skip if overlap == "skip" else queue,
+    )
 
 
 def take(config: Config, *, replace: bool = False) -> Any:
@@ -133,6 +139,16 @@ def running(flow: str, workspace: str) -> bool:
             limit=PAGE,
         )
     return any(run.parameters.get("workspace") == workspace for run in found)
+
+
+def goes_on(client: Any, deployment: UUID) -> bool:
+    """Whether a run of a deployment has begun and not ended."""
+    found = client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
+        flow_run_filter=_in_states([StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]),
+        limit=1,
+    )
+    return bool(found)
 
 
 def _runs(client: Any, me: Any, states: list[StateType]) -> list[Any]:

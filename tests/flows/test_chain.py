@@ -121,7 +121,7 @@ def test_a_folder_becomes_a_champion(first: dict[str, Any], place: Workspace) ->
     assert any(artifact["key"] == "summary" for artifact in runs)
     assert any(artifact["key"] == "mlflow-pretrain" for artifact in runs)
     assert "Passed: " in last_artifact(place, "validation")
-    assert last_artifact(place, "progress-pretrain") == "100.0"
+    assert float(last_artifact(place, "progress-pretrain")) == 100
 
 
 def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspace) -> None:
