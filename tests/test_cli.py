@@ -77,6 +77,21 @@ def test_help_loads_nothing_heavy() -> None:
     assert time.monotonic() - started < 0.5 * 4  # 0.05 s when nothing else runs
 
 
+def test_selecting_loads_no_models_and_training_no_metrics_of_others() -> None:
+    code = (
+        "import sys\n"
+        "from ringmo import config, tasks\n"
+        "from ringmo.data import selection\n"
+        "kinds = [tasks.find(name) for name in tasks.names()]\n"
+        "before = sorted({'timm', 'torchvision', 'mlflow'} & set(sys.modules))\n"
+        "from ringmo.training.machine import Machine\n"
+        "Machine(config.Hardware(accelerator='cpu'))\n"
+        "print(before, 'torchmetrics' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

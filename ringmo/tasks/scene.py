@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ringmo.data.tables import classes_of
 from ringmo.errors import BadInput
 from ringmo.evaluation import metrics
-from ringmo.models.classifier import Classifier
 from ringmo.tasks.base import Evidence, Figures, Images, Sample, Task
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ class Scene(Task):
         return sorted(labels)
 
     def model(self, encoder: "Encoder", classes: int, settings: "Finetune") -> nn.Module:
+        from ringmo.models.classifier import Classifier  # and timm: whoever selects needs none
+
         return Classifier(encoder, classes, settings.multi_label)
 
     def prepare(

@@ -8,7 +8,9 @@ import inspect
 import logging
 import os
 import resource
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,20 @@ def _computes_in_bfloat16(hardware: Hardware, device: torch.device) -> bool:
     return able and hardware.precision != 32
 
 
+@contextlib.contextmanager
+def _out_of_sight(module: str) -> Iterator[None]:
+    """As if a module were not installed. lightning-fabric imports torchmetrics to read its version,
+    which takes two seconds, and does nothing with it."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 class Machine:
     """Device, precision and ranks.
 
@@ -62,7 +78,8 @@ class Machine:
 
     def __init__(self, hardware: Hardware, unused_parameters: bool = False) -> None:
         """`unused_parameters`: some parameters take no part in some steps."""
-        from lightning_fabric import Fabric
+        with _out_of_sight("torchmetrics"):
+            from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import (  # type: ignore[attr-defined]
             LightningEnvironment,
             TorchElasticEnvironment,
