@@ -36,9 +36,16 @@ PATIENCE = {
     # Waits of 2, 4, 8 … seconds: eight minutes without a server, where Prefect's own is one.
     "PREFECT_CLIENT_MAX_RETRIES": "8",
 }
-# Of the server: slots that are taken must be known after a restart, else runs that hold one are
-# cancelled when they next ask for it. Prefect's own is its memory.
-LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+# Of the server, which is started again now and then.
+SERVER = {
+    # Slots that are taken must be known then, else runs that hold one are cancelled when they next
+    # ask for it. Prefect's own is its memory.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+    # And a run that crashed around that time must be begun again.
+    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.event_order",
+}
 # With RINGMO_LOG=json: Prefect's console in our words. Its own form has other names.
 JSON_LOG = {
     "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "ringmo.console.JsonFormatter",
@@ -259,7 +266,7 @@ def _spawn(workspace: Workspace, name: str, module: list[str], url: str) -> dict
         # Its pages would ask port 4200, whatever its own is.
         env.setdefault("PREFECT_SERVER_UI_API_URL", f"{url}/api")
         env.setdefault("PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT", "false")
-        env.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
+        env = {**SERVER, **env}
         # Flow runs that ended 90 days ago go by themselves: else its database grows for ever.
         env.setdefault("PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED", "events,flow_runs")
     with (logs / f"{name}.log").open("ab") as log:

@@ -20,7 +20,7 @@ import psutil
 from servers import S3, MLflow, Postgres, free_port
 
 from ringmo.environment import quiet_telemetry
-from ringmo.services import LEASES, PATIENCE, WORK_POOL
+from ringmo.services import PATIENCE, SERVER, WORK_POOL
 
 LIMIT_S = 300
 
@@ -172,7 +172,7 @@ class Rig:
             | {
                 "PREFECT_HOME": str(self.folder / "prefect"),
                 "PREFECT_API_DATABASE_CONNECTION_URL": f"{database}/{self.databases[1]}",
-                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+                **SERVER,
             },
         )
 
