@@ -14,9 +14,10 @@ export DO_NOT_TRACK := true
 run: .venv/ready
 	@$(BIN)/ringmo run $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-# Files of tests side by side: most of their time goes to servers that start and processes that end.
+# Files of tests side by side, one more than there are cores: much of their time goes to servers that
+# start and processes that end. In the order that tests/conftest.py gives them.
 test: lint
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/ready
 	@$(BIN)/pytest -m "not slow"

@@ -27,6 +27,34 @@ os.environ.update(
 )
 
 
+# Files that take longest begin first: one that began last would run on alone.
+LONGEST = (
+    "flows/test_chain.py",
+    "deploy/test_composed.py",
+    "flows/test_tasks.py",
+    "faults/test_services_killed.py",
+    "security/test_planted_secrets.py",
+    "flows/test_deployments.py",
+    "docs/test_commands.py",
+    "flows/test_watch.py",
+    "registry/test_promotion.py",
+    "flows/test_approval.py",
+    "data/test_validation.py",
+    "deploy/test_backup.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        name = item.path.relative_to(here).as_posix()
+        return item.path not in slow, LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Any:
     """A fresh workspace with tiny parameters."""
