@@ -19,6 +19,7 @@ from uuid import uuid4
 import pytest
 from imagery import write_class_folders
 from prefect_api import api
+from receiver import Receiver
 from servers import S3
 from tiny import TINY
 
@@ -444,9 +445,13 @@ def test_an_upload_starts_one_retraining(
         store.stop()
 
 
-def test_the_nightly_check_takes_in_and_judges(place: Workspace, tmp_path: Path) -> None:
-    imagery = write_class_folders(tmp_path / "imagery")
-    config.edit(place.params_file, {"ingest.sources": [str(imagery)], "ingest.endpoint": None})
+def test_the_nightly_check_takes_in_and_judges_and_tells_of_failures(
+    place: Workspace, tmp_path: Path, monkeypatch: Any
+) -> None:
+    imagery, receiver = write_class_folders(tmp_path / "imagery"), Receiver()
+    monkeypatch.setenv("RINGMO_WEBHOOK_SECRET", "between us")
+    given = {"ingest.sources": [str(imagery)], "ingest.endpoint": None}
+    config.edit(place.params_file, given | {"notify.webhook": receiver.url})
 
     def check() -> dict[str, Any]:
         answer: dict[str, Any] = python(place, FLOW, "flows.check:ringmo_check", "{}")
@@ -457,9 +462,15 @@ def test_the_nightly_check_takes_in_and_judges(place: Workspace, tmp_path: Path)
     started = time.monotonic()
     assert check()["name"] == "nothing new"
     assert time.monotonic() - started < 60
+    assert receiver.got == []
     shutil.rmtree(imagery / "town")
     broken = check()
     assert broken["type"] == "FAILED" and "town" in broken["message"], broken
     shutil.rmtree(imagery)
     silent = check()
     assert silent["type"] == "FAILED" and "no such folder" in silent["message"]
+    notices = [json.loads(body) for _, body in receiver.got]
+    assert [notice["type"] for notice in notices] == ["ringmo.notice"] * 2
+    for notice, ended in zip(notices, (broken, silent), strict=True):
+        assert notice["data"]["lines"] == [ended["message"]]
+        assert "/runs/flow-run/" in notice["data"]["link"]
