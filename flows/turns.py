@@ -32,6 +32,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
+from flows import watch
 from ringmo import console
 from ringmo.config import Config
 from ringmo.errors import Unreachable
@@ -68,6 +69,7 @@ def take(config: Config, *, replace: bool = False) -> Any:
     Raises:
         Unreachable: one that is to be replaced does not end.
     """
+    watch.go_on_unheard()
     if not flow_run.id:
         return None
     with get_client(sync_client=True) as client:

@@ -33,6 +33,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
+from rich.console import Console
 
 FLOWS = ["retrain", "ringmo-check", "ringmo-drift", "ringmo-scenes", "ringmo-uploads"]
 # Four signs of life (services.PATIENCE) are missing: three may be late when a server starts again.
@@ -170,6 +171,19 @@ def bury(flow_run: str, this: str) -> None:
             client.set_task_run_state(step.id, gone, force=True)
         if flow_run != this and dead.state is not None and dead.state.is_running():
             client.set_flow_run_state(dead.id, gone)
+
+
+def go_on_unheard() -> None:
+    """Let this process outlive the worker that started it, and that reads what it prints.
+
+    Rich, with which Prefect writes its log, would end the process at the next line, and in a thread
+    that reads what a stage prints only the thread: the stage would wait for a reader for ever.
+    """
+
+    def fall_silent(console: Console) -> None:
+        console.quiet = True
+
+    Console.on_broken_pipe = fall_silent  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -30,8 +30,7 @@ def note(text: str) -> None:
 
 def say(text: str, level: str = "info", **more: Any) -> None:
     """A line on standard error, --quiet or not. more: further keys of the object."""
-    shown = _object(text.strip(), level, **more) if log_is_json() else text
-    print(shown, file=sys.stderr, flush=True)
+    _write(_object(text.strip(), level, **more) if log_is_json() else text)
 
 
 def relay(line: str) -> None:
@@ -40,6 +39,11 @@ def relay(line: str) -> None:
         if line.strip():
             say(line)
     else:
+        _write(line)
+
+
+def _write(line: str) -> None:
+    with suppress(BrokenPipeError):  # nobody reads it any more, and the work goes on
         print(line, file=sys.stderr, flush=True)
 
 

@@ -6,13 +6,16 @@ What cannot run here stands in LEFT with its reason, and is parsed. Pages are fo
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import psutil
@@ -62,6 +65,7 @@ STANDS = {
     "encoder/3": "encoder/1",
     "encoder/5": "encoder/1",
     "Beach/12*.jpg": "harbour/harbour_0_000.jpg",
+    "imagery/new/": "imagery/town/",
     "3f9a0c1d2b4e5f60": "town/town_0_001.jpg",
     " 120": " 3",
 }
@@ -181,11 +185,19 @@ class Desk:
         here = str(Path(sys.executable).parent)
         return {
             **os.environ,
-            **self.s3.environment,
+            **self.world,
             "HOME": str(self.home),
             "PATH": f"{here}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+        }
+
+    @property
+    def world(self) -> dict[str, str]:
+        """What a reader has set: the buckets' address and keys."""
+        return {
+            **self.s3.environment,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.s3.port}",
         }
 
     def process(self, *words: str, cwd: Path | None = None) -> str:
@@ -255,6 +267,9 @@ class Desk:
             for name in re.findall(r'"path": "([^"]+)"', text):
                 self.image(self.root / "data" / "scenes" / name)
             text = text.replace("curl ", "curl --silent --show-error --fail-with-body ")
+        if "$PREFECT_API_URL" in text:
+            running = json.loads((self.here / ".ringmo" / "services.json").read_text())
+            text = f"PREFECT_API_URL={running['prefect']['url']}/api; {text}"
         self.process("bash", "-c", f"set -euo pipefail; {text}")
 
     def ringmo(self, command: Command, words: list[str]) -> None:
@@ -268,6 +283,10 @@ class Desk:
             config.edit(made.params_file, TINY | self.ports | {"monitoring.share": 1.0})
         elif verb == "run":
             self.chain(words, arguments)
+        elif verb == "deploy" and arguments.init_env:
+            sources = Path(mkdtemp(dir=self.root))
+            shutil.copy(ROOT / "docker-compose.yml", sources)
+            self.process("ringmo", *words, cwd=sources)
         elif verb in ("up", "deploy"):
             if not self.up or verb == "deploy":
                 self.process("ringmo", *words)
@@ -282,7 +301,8 @@ class Desk:
             for folder in [arguments.root] if arguments.root else []:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             place = Workspace(self.here)
-            self.server = Served(place, *words[1:], *more, environment=self.environment)
+            words = [str(self.here / w) if w.startswith("work/") else w for w in words[1:]]
+            self.server = Served(place, *words, *more, environment=self.environment)
             assert self.server.get("/ready").status_code == 200
             if not more:
                 self.leave()
@@ -317,7 +337,8 @@ class Desk:
     def set_aside(self) -> None:
         """A tile that a page may take back."""
         self.inside(["data", "set-aside", "town/town_0_001.jpg"], "data")
-        self.inside(["ingest"], "ingest")
+        for stage in ("ingest", "validate", "select"):
+            self.inside([stage], stage)
 
     def inside(self, words: list[str], verb: str) -> None:
         """In this process: Python's heavy imports are paid for once."""
@@ -327,7 +348,7 @@ class Desk:
         was, said = Path.cwd(), StringIO()
         os.chdir(self.here)
         given = dict(os.environ)
-        os.environ.update(self.s3.environment)
+        os.environ.update(self.world)
         try:
             with redirect_stdout(said), redirect_stderr(said):
                 code = main(words)
@@ -387,6 +408,7 @@ def test_a_page_runs(desk: Desk, page: str) -> None:
 def test_most_were_run(desk: Desk) -> None:
     left = [command for command in COMMANDS if reason(command.text)]
     assert desk.trained and len(desk.ran) > 2 * len(left), (len(desk.ran), len(left))
+    desk.process("ringmo", "down", cwd=desk.trained)
     running = [one for one in psutil.process_iter() if str(desk.root) in _line(one)]
     assert not [one for one in running if "rclone" not in _line(one)]
 

@@ -100,3 +100,39 @@ def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str)
         one for one in api(place, "v2/concurrency_limits/filter", {}) if deployment in one["name"]
     ]
     assert limit["active_slots"] == 0
+
+
+UNHEARD = """
+import sys, threading
+from pathlib import Path
+from prefect.logging import get_logger
+from prefect.logging.configuration import setup_logging
+from flows import watch
+from ringmo import console
+setup_logging()
+watch.go_on_unheard()
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    get_logger("prefect.flow_runs").error("more of the log")
+    console.note("and of what people read")
+Path(sys.argv[1]).touch()
+"""
+
+
+def test_a_run_outlives_the_reader_of_its_log(tmp_path: Path) -> None:
+    """As when its worker is killed: the pipe it writes to has no other end."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", UNHEARD, str(tmp_path / "went on")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.stdin and run.stdout and run.stderr
+    assert run.stdout.readline() == b"ready\n"
+    run.stderr.close()
+    run.stdin.write(b"\n")
+    run.stdin.close()
+    run.wait(60)
+    assert (tmp_path / "went on").exists()
