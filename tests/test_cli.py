@@ -175,4 +175,4 @@ def test_a_workspace_is_made_with_other_values_or_not_at_all(
     made = tmp_path / "made"
     assert main(["init", str(made), "--set", "versioning.remote=s3://b/p"]) == 0
     text = (made / "params.yaml").read_text()
-    assert "remote: s3://b/p" in text and "# a folder, or s3://bucket/prefix" in text
+    assert 'remote: "s3://b/p"' in text and "# a folder, or s3://bucket/prefix" in text
