@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until(
+    found: Callable[[], Any], what: str | Callable[[], Any] = "", limit_s: float = 180
+) -> Any:
+    """What `found` gives, as soon as that is something; `what` is said when it is not in time."""
+    limit = time.monotonic() + limit_s
+    while not (answer := found()):
+        if time.monotonic() > limit:
+            said = what if isinstance(what, str) else what()
+            raise TimeoutError(f"not within {limit_s:.0f} s: {said}")
+        time.sleep(0.1)
+    return answer
 
 
 def postgres_programs() -> Path:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from servers import wait_until
 
 from ringmo import chain_lock, console
 from ringmo.errors import Unreachable
@@ -41,23 +41,15 @@ with chain_lock.alone(Workspace(Path(root)), flow_run):
 """
 
 
-def wait_for(found: Callable[[], Any]) -> Any:
-    limit = time.monotonic() + 20
-    while not (answer := found()):
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    return answer
-
-
 @pytest.fixture
 def chain(tmp_path: Path) -> Any:
     """A process that runs a chain, in the middle of a stage."""
     process = subprocess.Popen([sys.executable, "-c", CHAIN, str(tmp_path), "first", STAGE])
-    wait_for((tmp_path / "up").exists)
+    wait_until((tmp_path / "up").exists)
     yield process
     process.kill()
     process.wait()
-    wait_for(lambda: not _stages(tmp_path))
+    wait_until(lambda: not _stages(tmp_path))
 
 
 def _stages(folder: Path) -> list[psutil.Process]:
@@ -103,7 +95,7 @@ def test_the_second_waits_and_says_for_whom(
 def test_a_stopped_run_is_not_waited_for(chain: Any, tmp_path: Path) -> None:
     """Ctrl-Z of somebody who went home: a schedule must not wait behind it."""
     os.kill(chain.pid, signal.SIGSTOP)
-    wait_for(lambda: psutil.Process(chain.pid).status() == psutil.STATUS_STOPPED)
+    wait_until(lambda: psutil.Process(chain.pid).status() == psutil.STATUS_STOPPED)
     with (
         pytest.raises(Unreachable, match=f"kill -CONT {chain.pid}"),
         chain_lock.alone(Workspace(tmp_path), "second"),

@@ -1,7 +1,6 @@
 """Who is to be told is told: a real mail server, a real webhook, and nobody's run fails for it."""
 
 import json
-import socket
 from collections.abc import Iterator
 from email import message_from_bytes
 from email.message import Message
@@ -12,6 +11,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from receiver import Receiver
+from servers import free_port
 
 from ringmo import config, notify
 from ringmo.config import Config
@@ -38,12 +38,6 @@ class Box:
     def login(self, _server: Any, _s: Any, _e: Any, _how: str, data: Any) -> AuthResult:
         self.logins.append(data.password)
         return AuthResult(success=data.password == PASSWORD.encode())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

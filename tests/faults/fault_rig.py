@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from servers import S3, MLflow, Postgres, free_port
+from servers import S3, MLflow, Postgres, free_port, wait_until
 
 from ringmo.environment import quiet_telemetry
 from ringmo.services import PATIENCE, SERVER, WORK_POOL
@@ -194,21 +193,12 @@ class Rig:
         )
 
     def _answers(self) -> None:
-        wait_for(lambda: _healthy(f"{self.prefect_url}/health"), "Prefect's server")
+        wait_until(lambda: _healthy(f"{self.prefect_url}/health"), "Prefect's server")
 
     def _kill_group(self, name: str) -> None:
         if name in self._groups:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._groups[name], signal.SIGKILL)
-
-
-def wait_for(found: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
-    limit = time.monotonic() + limit_s
-    while not (answer := found()):
-        if time.monotonic() > limit:
-            raise TimeoutError(f"{what}: not within {limit_s:.0f} s")
-        time.sleep(0.2)
-    return answer
 
 
 def _healthy(url: str) -> bool:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fault_rig import Rig, wait_for
+from fault_rig import Rig
 from imagery import write_class_folders
+from servers import wait_until
 from tiny import TINY
 
 from ringmo import config
@@ -183,7 +184,7 @@ class Run:
                 with contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(size))
-        state = wait_for(lambda: self.state() if self._ended() else None, "the run's end", 1200)
+        state = wait_until(lambda: self.state() if self._ended() else None, "the run's end", 1200)
         ballast.unlink()
         cell.seconds = round(time.time() - began, 1)
         cell.outcome = "went on"
@@ -215,7 +216,7 @@ class Run:
             return state if self.state()["type"] == state["type"] else None
 
         try:
-            found: dict[str, Any] = wait_for(ended, "the end of the run", limit_s)
+            found: dict[str, Any] = wait_until(ended, "the end of the run", limit_s)
         finally:
             self._over.set()
             self._watcher.join(5)
@@ -276,7 +277,7 @@ class Run:
                 raise RuntimeError(f"ended before {stage}: {self.state()['message']}")
             return None
 
-        return int(wait_for(begun, f"{stage} to run", 1200))
+        return int(wait_until(begun, f"{stage} to run", 1200))
 
     def _passed(self, stage: str, since: float) -> None:
         """Until a later stage began, or the run ended."""
@@ -287,7 +288,7 @@ class Run:
                 self._ended()
             )
 
-        wait_for(passed, f"what comes after {stage}", 1200)
+        wait_until(passed, f"what comes after {stage}", 1200)
 
     def _ended(self) -> bool:
         """For good: one that crashed is begun again a while later, TRIES times in all."""
@@ -343,7 +344,7 @@ class Run:
         said += self._wrong_in_mlflow()
         said += self._done_twice()
         with contextlib.suppress(TimeoutError):
-            wait_for(lambda: not self.processes(), "processes to end", 10)
+            wait_until(lambda: not self.processes(), "processes to end", 10)
         said += [f"left running: {what}" for what in self.processes().values()]
         for name, command in (
             ("lineage", ["ringmo", "lineage", "scene@champion", "--verify", "--deep"]),

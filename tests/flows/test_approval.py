@@ -1,17 +1,17 @@
 """A person's word before production: asked in Prefect's pages, while no process waits."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 from prefect_api import api
 from registered import register_three
+from servers import free_port, wait_until
 from tiny import TINY
 
 from ringmo import config, services
@@ -20,12 +20,6 @@ from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ringmo(place: Workspace, *arguments: str) -> Any:
@@ -86,13 +80,6 @@ def state(place: Workspace, run: str, *wanted: str) -> dict[str, Any]:
             return found
         assert time.monotonic() < limit and found["type"] not in ("FAILED", "CRASHED"), found
         time.sleep(0.5)
-
-
-def wait_until(condition: Callable[[], Any], limit_s: float = 60) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.2)
 
 
 def answer(place: Workspace, run: str, **form: Any) -> str:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from imagery import write_class_folders
 from prefect_api import api
+from servers import free_port
 from tiny import TINY
 
 from ringmo import config
@@ -26,12 +27,6 @@ from ringmo.registry.tracker import Tracker
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ringmo(

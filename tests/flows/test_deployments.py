@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 from imagery import write_class_folders
 from prefect_api import api
 from receiver import Receiver
-from servers import S3
+from servers import S3, free_port, wait_until
 from tiny import TINY
 
 from ringmo import config, services
@@ -42,12 +41,6 @@ for _ in range(int(sys.argv[2])):
 print(json.dumps(rows))
 """
 OPEN = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +111,6 @@ def begin(place: Workspace, flow: str, **parameters: Any) -> str:
 def state(place: Workspace, run: str) -> dict[str, Any]:
     found: dict[str, Any] = api(place, f"flow_runs/{run}")["state"]
     return found
-
-
-def wait_until(
-    true: Callable[[], Any], what: Callable[[], Any] = str, limit_s: float = 180
-) -> None:
-    limit = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < limit, f"not in time: {what()}"
-        time.sleep(0.5)
 
 
 def test_ten_deploys_are_one_and_null_takes_back(place: Workspace) -> None:

@@ -2,17 +2,17 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect_api import api
 from registered import write_model
+from servers import free_port, wait_until
 from tiny import TINY
 
 from ringmo import config, services
@@ -23,12 +23,6 @@ from ringmo.registry.register import register
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +97,6 @@ def watch(place: Workspace) -> dict[str, Any]:
     )
     answer: dict[str, Any] = json.loads(python(place, code).splitlines()[-1])
     return answer
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit, "not in time"
-        time.sleep(0.5)
 
 
 def events(place: Workspace) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import made_tasks
 import psutil
 import pytest
 from prefect_api import api
+from servers import free_port
 from tiny import TINY
 
 from ringmo import config
@@ -23,12 +23,6 @@ from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
 TASKS = ("segmentation", "height")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(place: Workspace, *arguments: str) -> list[str]:

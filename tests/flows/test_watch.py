@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prefect_api import api
-from servers import free_port
+from servers import free_port, wait_until
 
 from ringmo import config, services
 from ringmo.config import Config
@@ -37,14 +36,6 @@ print(sleeping.to_deployment(
     entrypoint_type=EntrypointType.MODULE_PATH,
 ).apply())
 """
-
-
-def wait_for(found: Callable[[], Any], what: str, limit_s: float = 300) -> Any:
-    limit = time.monotonic() + limit_s
-    while not (answer := found()):
-        assert time.monotonic() < limit, what
-        time.sleep(0.3)
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +67,14 @@ def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str)
     names = [one["name"] for one in api(place, "automations/filter", {})]
     assert len([name for name in names if name.startswith("ringmo: ")]) == len(set(names)) == 4
     run = api(place, f"deployments/{deployment}/create_flow_run", {})["id"]
-    first = wait_for((tmp_path / "began-0").exists, "the flow to begin")
+    first = wait_until((tmp_path / "began-0").exists, "the flow to begin")
     first = int((tmp_path / "began-0").read_text())
 
     def states() -> list[str]:
         found = api(place, "flow_run_states/?flow_run_id=" + run, None)
         return [one["name"] for one in sorted(found, key=lambda one: one["timestamp"])]
 
-    wait_for(lambda: "Running" in states(), "the server to hear of it")
+    wait_until(lambda: "Running" in states(), "the server to hear of it")
     time.sleep(3)  # and of its first heartbeat
     if who == "flow and worker":
         worker = json.loads((place.state / "services.json").read_text())["worker"]["pid"]
@@ -92,8 +83,8 @@ def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str)
         os.kill(first, signal.SIGKILL)
     if who == "flow and worker":
         services.up(Config.load(place.params_file), place, worker=True)
-    wait_for((tmp_path / "began-1").exists, f"a second try: {states()}")
-    wait_for(lambda: states()[-1] == "Completed", f"its end: {states()}")
+    wait_until((tmp_path / "began-1").exists, f"a second try: {states()}")
+    wait_until(lambda: states()[-1] == "Completed", f"its end: {states()}")
     assert states().count("Running") == 2 and "Crashed" in states() and "AwaitingRetry" in states()
     assert not (tmp_path / "began-2").exists()
     (limit,) = [

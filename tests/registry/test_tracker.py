@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import wait_until
 
 from ringmo.errors import Unreachable
 from ringmo.registry import forward
@@ -37,13 +38,6 @@ def write_figures(run_dir: Path, steps: range, mode: str = "a") -> None:
                 "train/loss": 1 / (step + 1),
             }
             file.write(json.dumps(line) + "\n")
-
-
-def wait_until(condition: Any, limit_s: float = 20) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
 
 
 def sent(run_dir: Path) -> int | None:
@@ -359,7 +353,7 @@ def test_figures_survive_an_outage_of_a_real_server(
         write_figures(run_dir, range(5, 10))
         time.sleep(1)
         server.start()
-        wait_until(lambda: sent(run_dir) == 9, 60)
+        wait_until(lambda: sent(run_dir) == 9)
         report = Report("pretrain", run_dir=str(run_dir.relative_to(workspace.root)))
         forwarder.finish(report, workspace.work("pretrain"))
     assert losses(workspace, str(forwarder.run_id)) == list(range(10))
