@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -301,40 +299,6 @@ def test_one_that_cannot_be_registered_stops_none_of_the_others(
     assert said["figures"]["verdict"] == "passed"
 
 
-def test_a_killed_training_is_retried_from_its_checkpoint(
-    first: dict[str, Any], place: Workspace
-) -> None:
-    changes = {"pretrain.epochs": 60, "pretrain.checkpoint_every_s": 0}
-    config.edit(place.params_file, changes)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "ringmo", "run", "--json", "--workspace", str(place.root)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    victim = _training(place, "pretrain")
-    os.kill(victim, signal.SIGKILL)
-    out, err = child.communicate(timeout=600)
-    assert child.returncode in (0, 1), err[-3000:]  # the gate may refuse what it made
-    answer = json.loads(out)
-    assert answer["stages"]["pretrain"] == "done"
-    assert "pretrain: goes on from step" in err
-
-
-def _training(place: Workspace, stage: str) -> int:
-    """Process number of a stage's training once it has written a checkpoint."""
-    limit = time.monotonic() + 240
-    announced = place.state / "running" / f"{stage}.json"
-    began = time.time()
-    while time.monotonic() < limit:
-        time.sleep(0.2)
-        if announced.exists() and announced.stat().st_mtime > began:
-            said = json.loads(announced.read_text())
-            if list((place.root / said["run_dir"]).rglob("*.safetensors")):
-                return int(said["pid"])
-    raise AssertionError(f"{stage} did not start training")
-
-
 def test_a_failed_rule_stops_the_chain_and_leaves_the_champion(
     first: dict[str, Any], place: Workspace, imagery: Path
 ) -> None:
@@ -386,39 +350,6 @@ def test_without_labels_the_chain_ends_after_the_encoder(
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the chain stopped after the encoder" in done.stdout
     assert not other.work("finetune@scene").exists()
-
-
-def test_deploying_twice_leaves_one_schedule_and_the_worker_runs_it(
-    first: dict[str, Any], place: Workspace
-) -> None:
-    for _ in range(2):
-        done = ringmo(place, "deploy", "--json")
-        assert done.returncode == 0, done.stderr[-3000:]
-    every = api(place, "deployments/filter", {})
-    found = [one for one in every if one["entrypoint"].endswith("retrain.retrain")]
-    assert len(found) == 1 and len(every) == 3
-    crons = {s["slug"]: s["schedule"]["cron"] for s in found[0]["schedules"]}
-    assert crons == {"schedule-retrain": "0 2 * * 0", "schedule-pretrain": "0 4 1 * *"}
-    waiting = {
-        "deployments": {"id": {"any_": [found[0]["id"]]}},
-        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-    }
-    limit = time.monotonic() + 120
-    while not (runs := api(place, "flow_runs/filter", waiting)):
-        assert time.monotonic() < limit, "the server makes no run of the schedule"
-        time.sleep(1)
-    when = [datetime.fromisoformat(run["expected_start_time"]) for run in runs]
-    weekly = [day for day in when if day.hour == 2]
-    assert weekly and {day.weekday() for day in weekly} == {6}
-    flow_run = api(place, f"deployments/{found[0]['id']}/create_flow_run", {})
-    limit = time.monotonic() + 240
-    state = ""
-    while state not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-        assert time.monotonic() < limit, f"still {state}"
-        time.sleep(2)
-        filtered = {"flow_runs": {"id": {"any_": [flow_run["id"]]}}}
-        state = api(place, "flow_runs/filter", filtered)[0]["state_type"]
-    assert state == "COMPLETED"
 
 
 def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:

@@ -52,9 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         services.down(made)
 
 
-@pytest.mark.parametrize("who", ["flow", "flow and worker"])
-def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str) -> None:
-    """The flow alone, which its worker sees; and both, which only the missing heartbeat tells."""
+def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, tmp_path: Path) -> None:
+    """Which only the missing heartbeat tells; its flow alone: tests/faults."""
     done = subprocess.run(
         [sys.executable, "-c", DEPLOY, str(tmp_path)],
         env=services.environment(place),
@@ -76,13 +75,11 @@ def test_a_killed_run_is_begun_again(place: Workspace, tmp_path: Path, who: str)
 
     wait_until(lambda: "Running" in states(), "the server to hear of it")
     time.sleep(3)  # and of its first heartbeat
-    if who == "flow and worker":
-        worker = json.loads((place.state / "services.json").read_text())["worker"]["pid"]
-        os.kill(worker, signal.SIGKILL)
+    worker = json.loads((place.state / "services.json").read_text())["worker"]["pid"]
+    os.kill(worker, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first, signal.SIGKILL)
-    if who == "flow and worker":
-        services.up(Config.load(place.params_file), place, worker=True)
+    services.up(Config.load(place.params_file), place, worker=True)
     wait_until((tmp_path / "began-1").exists, f"a second try: {states()}")
     wait_until(lambda: states()[-1] == "Completed", f"its end: {states()}")
     assert states().count("Running") == 2 and "Crashed" in states() and "AwaitingRetry" in states()
