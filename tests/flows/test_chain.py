@@ -124,7 +124,7 @@ def test_unchanged_work_is_not_done_again(first: dict[str, Any], place: Workspac
     took = time.monotonic() - started
     assert second["outcome"] == "Unchanged"
     assert set(second["stages"].values()) == {"cached"}
-    assert took < 60
+    assert took < 120  # 13 s when nothing else runs
     assert shards == {p: p.stat().st_mtime_ns for p in place.store.rglob("*") if p.is_file()}
     states = [r["state_name"] for r in api(place, "task_runs/filter", {"limit": 200})]
     assert states.count("Cached") >= len(STAGES)

@@ -84,7 +84,7 @@ def test_a_server_that_does_not_answer_is_said_so_within_seconds(
     started = time.monotonic()
     with pytest.raises(Unreachable) as caught:
         Tracker(workspace)
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 15
     assert caught.value.exit_code == 3
     assert "127.0.0.1:9" in str(caught.value) and "\n" not in str(caught.value)
 

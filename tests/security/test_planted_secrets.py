@@ -290,27 +290,27 @@ def test_no_planted_secret_is_found_again(team: Team) -> None:
             "MLFLOW_TRACKING_URI": f"http://admin:{others['mlflow']}@127.0.0.1:{team.mlflow.port}",
             "PREFECT_API_URL": f"http://admin:{others['prefect']}@127.0.0.1:{team.prefect_port}/api",
         }
-        # A door that nobody is behind, and a database that is none.
-        nobody = f"http://admin:{others['mlflow']}@127.0.0.1:1"
+        # A database that is none.
         database = f"postgresql+psycopg2://ringmo:{others['db']}@127.0.0.1:1/ringmo"
         (team.root / "imagery" / "woods" / "woods_0_000.jpg").unlink()
         for words, changed in (
             (("run",), {"MLFLOW_TRACKING_URI": addresses["MLFLOW_TRACKING_URI"]}),
-            (("models",), {"MLFLOW_TRACKING_URI": addresses["MLFLOW_TRACKING_URI"]}),
-            (("run",), {"MLFLOW_TRACKING_URI": nobody}),
             (("models",), {"MLFLOW_TRACKING_URI": database}),
             (("run",), {"PREFECT_API_URL": addresses["PREFECT_API_URL"]}),
-            (("deploy",), {"PREFECT_API_URL": addresses["PREFECT_API_URL"]}),
             (("ingest",), {"AWS_SECRET_ACCESS_KEY": others["s3"]}),
-            (("run", "--json"), {"AWS_SECRET_ACCESS_KEY": others["s3"]}),
             (("run",), {"AWS_ENDPOINT_URL": f"http://key:{others['s3']}@127.0.0.1:1"}),
-            (("run", "--set", f"ingest.endpoint=http://key:{others['s3']}@127.0.0.1:1"), {}),
-            (("run", "--set", f"promotion.webhook=https://me:{others['s3']}@example.org"), {}),
         ):
             code, said = team.ringmo(*words, **changed)
             assert code in (2, 3), (words, said[-3000:])
             # Prefect shows its own trace of what a flow raises.
             assert "Traceback" not in said or words[0] == "run", said[-3000:]
+    # On a command line a secret is for all to see, who types it there or not.
+    for key, address in (
+        ("ingest.endpoint", f"http://key:{others['s3']}@127.0.0.1:1"),
+        ("promotion.webhook", f"https://me:{others['s3']}@example.org"),
+    ):
+        code, said = team.ringmo("run", "--set", f"{key}={address}")
+        assert code == 2 and len(said.strip().splitlines()) == 1, said[-3000:]
     assert watch.looks > 100 and not watch.found, watch.found
     assert team.told and all("Webhook-Signature" in headers for headers in team.told)
     assert not list(team.root.rglob("executed"))
