@@ -307,6 +307,8 @@ class Desk:
             if not more:
                 self.leave()
         else:
+            if verb == "pretrain":  # which page before this one changed the store does not matter
+                self.select()
             self.inside(words, verb)
 
     def chain(self, words: list[str], arguments: argparse.Namespace) -> None:
@@ -337,6 +339,9 @@ class Desk:
     def set_aside(self) -> None:
         """A tile that a page may take back."""
         self.inside(["data", "set-aside", "town/town_0_001.jpg"], "data")
+        self.select()
+
+    def select(self) -> None:
         for stage in ("ingest", "validate", "select"):
             self.inside([stage], stage)
 
