@@ -296,16 +296,19 @@ class Desk:
                 self.process("ringmo", *words)
                 self.up = self.up and verb != "down"
         elif verb == "serve":
-            self.leave()
+            # The one with scenes stays, for what the page asks of it.
             more = ["--model", str(self.root / "models" / "change")] if arguments.root else []
             for folder in [arguments.root] if arguments.root else []:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             place = Workspace(self.here)
             words = [str(self.here / w) if w.startswith("work/") else w for w in words[1:]]
-            self.server = Served(place, *words, *more, environment=self.environment)
-            assert self.server.get("/ready").status_code == 200
-            if not more:
+            server = Served(place, *words, *more, environment=self.environment)
+            assert server.get("/ready").status_code == 200
+            if arguments.root:
                 self.leave()
+                self.server = server
+            else:
+                assert server.stop() == 0
         else:
             if verb == "pretrain":  # which page before this one changed the store does not matter
                 self.select()
