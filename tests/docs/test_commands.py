@@ -240,9 +240,9 @@ class Desk:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".tif":
-            path.write_bytes(tiff(rgb(len(path.name), 64)))
+            path.write_bytes(tiff(rgb(len(path.name), 64, 64)))
         else:
-            Image.fromarray(rgb(len(path.name), 64)).save(path)
+            Image.fromarray(rgb(len(path.name), 64, 64)).save(path)
 
     def run(self, command: Command) -> None:
         if reason(command.text):
