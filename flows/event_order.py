@@ -15,4 +15,4 @@ from prefect.server.events.ordering.memory import CausalOrdering
 
 __all__ = ["CausalOrdering"]
 
-memory.PRECEDING_EVENT_LOOKBACK = timedelta(seconds=30)
+memory.PRECEDING_EVENT_LOOKBACK = timedelta(seconds=30)  # type: ignore[attr-defined]

@@ -183,7 +183,7 @@ def go_on_unheard() -> None:
     def fall_silent(console: Console) -> None:
         console.quiet = True
 
-    Console.on_broken_pipe = fall_silent  # type: ignore[method-assign]
+    Console.on_broken_pipe = fall_silent  # type: ignore[method-assign,assignment]
 
 
 @contextmanager
