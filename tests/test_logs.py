@@ -169,6 +169,7 @@ def test_spans_are_sent_when_asked_for_and_flows_speak_in_objects(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace.root}/mlflow.db")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("RINGMO_LOG", "json")
+    monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)  # a command of an earlier test
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     monkeypatch.setattr(services, "START_LIMIT_S", 600.0)
     config.edit(workspace.params_file, {"services.prefect_port": free_port()})
