@@ -1,5 +1,6 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
 # make down                end the local servers    make test-fast   unit tests only
+# make test-long           what trains for minutes, every command of the pages, every rung of the bench
 # make docs                the pages, in build/site  make audit       known holes of what it stands on
 # make licences            of all packages           make sbom        build/sbom.cdx.json, for others
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
@@ -8,7 +9,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 2>/dev/null))
 BIN := .venv/bin
 export DO_NOT_TRACK := true
 
-.PHONY: run test test-fast lint bench faults down clean-env docs audit sbom licences
+.PHONY: run test test-fast test-long lint bench faults down clean-env docs audit sbom licences
 .DELETE_ON_ERROR:
 
 run: .venv/ready
@@ -21,6 +22,9 @@ test: lint
 
 test-fast: .venv/ready
 	@$(BIN)/pytest -m "not slow"
+
+test-long: .venv/ready
+	@$(BIN)/pytest -n 2 --dist loadfile -m long
 
 lint: .venv/ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy ringmo flows

@@ -35,7 +35,6 @@ LONGEST = (
     "faults/test_services_killed.py",
     "security/test_planted_secrets.py",
     "flows/test_deployments.py",
-    "docs/test_commands.py",
     "flows/test_watch.py",
     "registry/test_promotion.py",
     "flows/test_approval.py",

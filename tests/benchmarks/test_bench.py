@@ -88,6 +88,7 @@ def test_missing_packages_are_said_loudly(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_rung_trains_as_many_steps_to_the_same_loss(source: Source, tmp_path: Path) -> None:
     imagery = prepare(source, tmp_path / "images", 96, 80, val=16)
     common = {"folder": str(imagery.folder), "recipe": "small", "batch": 16, "epochs": 2}

@@ -401,6 +401,7 @@ ORDER = sorted(PAGES, key=lambda page: (page != "docs/start.md", page))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", ORDER)
 def test_a_page_runs(desk: Desk, page: str) -> None:
     desk.enter(page)
@@ -413,6 +414,7 @@ def test_a_page_runs(desk: Desk, page: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_most_were_run(desk: Desk) -> None:
     left = [command for command in COMMANDS if reason(command.text)]
     assert desk.trained and len(desk.ran) > 2 * len(left), (len(desk.ran), len(left))

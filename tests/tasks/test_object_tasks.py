@@ -312,6 +312,7 @@ def test_a_small_batch_can_be_learnt_by_heart(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @EACH
 def test_objects_of_scenes_never_seen_are_found(name: str) -> None:
     task, given = task_of(name), sample(24, name)
