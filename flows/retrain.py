@@ -113,6 +113,7 @@ def _run(place: Workspace, tags: dict[str, str], anew: bool) -> Any:
             forward.forward_all(place)
             outbox.deliver(place, config.promotion)
             summary = _chain(config, place, tags, anew)
+            forward.forward_all(place)  # what waited because MLflow was away for a while
             parent.finish(summary, chain.summary_markdown(summary))
     except StageFailed as error:
         return Failed(message=error.reason, data=error)

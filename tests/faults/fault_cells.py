@@ -80,6 +80,7 @@ def chain(rig: Rig, folder: Path, plan: Plan, expected: Any) -> Plan:
     """One run, disturbed at each of the stages; returns those that it did not get to."""
     name = f"{plan[0][0]}-{time.time():.0f}".replace(" ", "-")
     full = any(fault == FULL for fault, _ in plan)
+    rig.forget_models()
     run = Run(rig, folder / name, name, small=200 if full else 0)
     run.begin()
     cells: list[Cell] = []

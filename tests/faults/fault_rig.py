@@ -81,6 +81,13 @@ class Rig:
             "OMP_NUM_THREADS": "1",
         }
 
+    def forget_models(self) -> None:
+        """MLflow begins with an empty database: the same bytes are no version that it knows."""
+        self.mlflow.stop()
+        self.databases[0] = self.postgres.database()
+        self.mlflow.database = self.postgres.uri(self.databases[0])
+        self.mlflow.start()
+
     # Faults
 
     def processes(self, service: str) -> list[psutil.Process]:
