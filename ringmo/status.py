@@ -65,19 +65,19 @@ def look(workspace: Workspace) -> dict[str, Any]:
 
 
 def running(workspace: Workspace) -> list[dict[str, Any]]:
-    """Chains, stages and trainings of other living processes: stage, pid."""
+    """Chains, stages and trainings whose process lives: stage, pid."""
     import psutil
 
     from ringmo.registry import forward
 
-    rows = forward.running(workspace)
+    rows = [row for row in forward.running(workspace) if row["pid"] != os.getpid()]
     for path in sorted((workspace.state / "running").glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
             said = json.loads(path.read_text())
             # One that was started later is a stranger with the same number.
             if psutil.Process(said["pid"]).create_time() <= path.stat().st_mtime + 1:
                 rows.append({"stage": said["stage"], "pid": said["pid"]})
-    return [row for row in rows if row["pid"] != os.getpid()]
+    return rows
 
 
 def _trainings(workspace: Workspace) -> list[dict[str, Any]]:

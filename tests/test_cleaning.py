@@ -75,6 +75,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         for seed in (2, 3, 4):
             cycle(workspace, seed, folder / "town" if seed < 4 else None)
     config.edit(workspace.params_file, CLEAN)
+    shutil.rmtree(workspace.state / "running")  # trainings of this very process, which lives on
     return workspace
 
 
