@@ -82,6 +82,9 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture
 def place(grown: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A copy of it."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()  # a run's files, by its id, which each copy has again
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     made = Workspace(tmp_path / "workspace")
     shutil.copytree(grown.root, made.root)
