@@ -33,6 +33,7 @@ LONGEST = (
     "deploy/test_composed.py",
     "flows/test_tasks.py",
     "faults/test_services_killed.py",
+    "test_cleaning.py",
     "security/test_planted_secrets.py",
     "flows/test_deployments.py",
     "flows/test_watch.py",

@@ -315,6 +315,7 @@ def test_nobody_begins_meanwhile(place: Workspace) -> None:
     begun.stderr.close()
 
 
+@pytest.mark.long
 def test_cycle_after_cycle_the_size_stays(place: Workspace) -> None:
     sizes = []
     for seed in (11, 12, 13):

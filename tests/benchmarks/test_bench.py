@@ -48,6 +48,7 @@ def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bench_writes_rows_with_machine_and_versions(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     data = str(source.files[0].parents[1])
