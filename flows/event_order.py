@@ -15,4 +15,5 @@ from prefect.server.events.ordering.memory import CausalOrdering
 
 __all__ = ["CausalOrdering"]
 
+# No setting of Prefect's has it: its module does.
 memory.PRECEDING_EVENT_LOOKBACK = timedelta(seconds=30)  # type: ignore[attr-defined]

@@ -29,5 +29,5 @@ def tell(
         place = Workspace.find(workspace)
         settings = Config.load(place.params_file).notify
         notify.tell(place, settings, about, subject, lines, link)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the run's own end is said already
         console.note(f"nobody was told that {subject}: {type(error).__name__}: {error}")

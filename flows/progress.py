@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from ringmo.stage import announcement
 from ringmo.workspace import Workspace
 
 POLL_S = 5.0
@@ -62,7 +63,7 @@ def progress(workspace: Workspace, stage: str, began: float) -> tuple[float, str
 
     began: an announcement from before that, in Unix seconds, is of an earlier execution.
     """
-    announced = workspace.state / "running" / f"{stage.replace('@', '-')}.json"
+    announced = announcement(workspace, stage)
     try:
         if announced.stat().st_mtime < began:
             return None

@@ -19,6 +19,7 @@ from ringmo.errors import BadInput
 from ringmo.registry import forward, outbox
 from ringmo.workspace import Workspace, template
 
+# The files are the names: no type checker sees the members.
 Task = enum.StrEnum("Task", tasks.names())  # type: ignore[misc]
 Recipe = enum.StrEnum(  # type: ignore[misc]
     "Recipe", sorted(path.stem for path in template("recipes").glob("*.yaml"))
@@ -113,7 +114,6 @@ def _run(place: Workspace, tags: dict[str, str], anew: bool) -> Any:
             forward.forward_all(place)
             outbox.deliver(place, config.promotion)
             summary = _chain(config, place, tags, anew)
-            forward.forward_all(place)  # what waited because MLflow was away for a while
             parent.finish(summary, chain.summary_markdown(summary))
     except StageFailed as error:
         return Failed(message=error.reason, data=error)

@@ -154,7 +154,7 @@ def _acquired(stack: ExitStack, groups: list[list[Card]], occupy: int) -> list[C
                         raise_on_lease_renewal_failure=False,
                     )
                     stack.enter_context(lease)
-                except Exception as error:
+                except Exception as error:  # the cause is somewhere below what Prefect raises
                     if not _not_now(error):
                         raise
                 else:

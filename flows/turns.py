@@ -41,6 +41,7 @@ LATE_S = 900.0  # a run that starts so long after its time was missed
 WAITED = "AwaitingConcurrencySlot"  # it came in time, and waited for another
 DUE = [StateType.SCHEDULED, StateType.PENDING]
 PAGE = 200  # runs that Prefect lists at a time
+NO_LIMIT = 1000  # runs of a deployment at a time, where a new one replaces the one before
 
 
 def options(overlap: str) -> ConcurrencyLimitConfig:
@@ -52,7 +53,7 @@ def options(overlap: str) -> ConcurrencyLimitConfig:
     """
     skip, queue = ConcurrencyLimitStrategy.CANCEL_NEW, ConcurrencyLimitStrategy.ENQUEUE
     return ConcurrencyLimitConfig(
-        limit=PAGE if overlap == "replace" else 1,
+        limit=NO_LIMIT if overlap == "replace" else 1,
         collision_strategy=skip if overlap == "skip" else queue,
     )
 
@@ -69,7 +70,7 @@ def take(config: Config, *, replace: bool = False) -> Any:
     Raises:
         Unreachable: one that is to be replaced does not end.
     """
-    watch.go_on_unheard()
+    watch.go_on_unheard()  # whoever asks is the flow's own process
     if not flow_run.id:
         return None
     with get_client(sync_client=True) as client:

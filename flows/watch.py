@@ -45,6 +45,7 @@ START_S = 600
 TRIES = 3
 OBEY_S = 30.0
 HEARD_S = 10.0  # that the last words of steps may be on their way
+BEAT = "prefect.flow-run.heartbeat"
 CANCEL_S = 90  # less than SILENCE_S: what was to be cancelled is not begun again
 ENDED = {
     f"prefect.flow-run.{state}"
@@ -67,93 +68,87 @@ def ensure() -> None:
 
 
 def automations() -> list[AutomationCore]:
-    ours = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
-    runs = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
-    of_run: dict[str, Any] = {"match_related": ours, "for_each": {"prefect.resource.id"}}
-    beat = "prefect.flow-run.heartbeat"
-
-    def again(why: str) -> ChangeFlowRunState:
-        return ChangeFlowRunState(
-            state=StateType.SCHEDULED, name="AwaitingRetry", message=why, force=False
-        )
-
     return [
-        AutomationCore(
-            name="ringmo: a run without a sign of life has crashed",
-            description=f"No heartbeat for {SILENCE_S} s: its process or machine is gone",
-            trigger=EventTrigger(
-                match=runs,
-                **of_run,
-                after={beat},
-                expect={beat, *ENDED},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=SILENCE_S),
+        _unless(
+            "a run without a sign of life has crashed",
+            f"No heartbeat for {SILENCE_S} s: its process or machine is gone",
+            {BEAT},
+            {BEAT, *ENDED},
+            SILENCE_S,
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                name="Crashed",
+                message=f"no sign of life for {SILENCE_S} s: its process is gone",
+                force=False,
             ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.CRASHED,
-                    name="Crashed",
-                    message=f"no sign of life for {SILENCE_S} s: its process is gone",
-                    force=False,
-                )
-            ],
         ),
-        AutomationCore(
-            name="ringmo: a crashed run is begun again",
-            description=f"It goes on from where it was; {TRIES} tries in all",
-            trigger=EventTrigger(
-                match=ResourceSpecification(
-                    {
-                        "prefect.resource.id": "prefect.flow-run.*",
-                        "prefect.run-count": [str(count) for count in range(1, TRIES)],
-                    }
-                ),
-                **of_run,
-                after={"prefect.flow-run.Crashed"},
-                expect={f"prefect.flow-run.{state}" for state in ("AwaitingRetry", "Scheduled")},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=AGAIN_S),
-            ),
-            actions=[again("crashed: begun again")],
+        _unless(
+            "a crashed run is begun again",
+            f"It goes on from where it was; {TRIES} tries in all",
+            {"prefect.flow-run.Crashed"},
+            {f"prefect.flow-run.{state}" for state in ("AwaitingRetry", "Scheduled")},
+            AGAIN_S,
+            _again("crashed: begun again"),
+            {"prefect.run-count": [str(count) for count in range(1, TRIES)]},
         ),
-        AutomationCore(
-            name="ringmo: a run that nobody is left to cancel is cancelled",
-            description=f"It was to be cancelled, and had not ended after {CANCEL_S} s",
-            trigger=EventTrigger(
-                match=runs,
-                **of_run,
-                after={"prefect.flow-run.Cancelling"},
-                expect=ENDED,
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=CANCEL_S),
+        _unless(
+            "a run that nobody is left to cancel is cancelled",
+            f"It was to be cancelled, and had not ended after {CANCEL_S} s",
+            {"prefect.flow-run.Cancelling"},
+            ENDED,
+            CANCEL_S,
+            ChangeFlowRunState(
+                state=StateType.CANCELLED,
+                name="Cancelled",
+                message="nobody was left to end it",
+                force=False,
             ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.CANCELLED,
-                    name="Cancelled",
-                    message="nobody was left to end it",
-                    force=False,
-                )
-            ],
         ),
-        AutomationCore(
-            name="ringmo: a run that no worker started is given away again",
-            description=f"It was taken, and did not run within {START_S} s",
-            trigger=EventTrigger(
-                match=runs,
-                **of_run,
-                after={"prefect.flow-run.Pending"},
-                expect={"prefect.flow-run.*"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=START_S),
-            ),
-            actions=[again("not started: given away again")],
+        _unless(
+            "a run that no worker started is given away again",
+            f"It was taken, and did not run within {START_S} s",
+            {"prefect.flow-run.Pending"},
+            {"prefect.flow-run.*"},
+            START_S,
+            _again("not started: given away again"),
         ),
     ]
+
+
+def _unless(
+    name: str,
+    description: str,
+    after: set[str],
+    expect: set[str],
+    within_s: float,
+    action: ChangeFlowRunState,
+    only: dict[str, list[str]] | None = None,
+) -> AutomationCore:
+    """What becomes of a run of ours when nothing of `expect` comes so long `after` an event."""
+    ours = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": FLOWS})
+    return AutomationCore(
+        name=f"ringmo: {name}",
+        description=description,
+        trigger=EventTrigger(
+            match=ResourceSpecification(
+                {"prefect.resource.id": "prefect.flow-run.*", **(only or {})}
+            ),
+            match_related=ours,
+            for_each={"prefect.resource.id"},
+            after=after,
+            expect=expect,
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=within_s),
+        ),
+        actions=[action],
+    )
+
+
+def _again(why: str) -> ChangeFlowRunState:
+    return ChangeFlowRunState(
+        state=StateType.SCHEDULED, name="AwaitingRetry", message=why, force=False
+    )
 
 
 def bury(flow_run: str, this: str) -> None:
@@ -183,6 +178,7 @@ def go_on_unheard() -> None:
     def fall_silent(console: Console) -> None:
         console.quiet = True
 
+    # Meant for a subclass, but the consoles are Prefect's to make.
     Console.on_broken_pipe = fall_silent  # type: ignore[method-assign,assignment]
 
 

@@ -95,7 +95,7 @@ def _isolated(name: str, check: Check, place: Place, box: list[Finding]) -> None
         box.extend(check(place))
     except RingmoError as error:
         box.append(Finding(name, PROBLEM, str(error)))
-    except Exception as error:
+    except Exception as error:  # ends none of the others
         box.append(Finding(name, PROBLEM, f"the check broke: {type(error).__name__}: {error}"))
 
 
@@ -179,8 +179,7 @@ def _gpu(place: Place) -> Iterator[Finding]:
     wanted = place.config.hardware if place.config else None
     built = _torch_cuda()
     if not cards:
-        asked = wanted is not None and "cuda" in (wanted.accelerator,)
-        if asked:
+        if wanted is not None and wanted.accelerator == "cuda":
             todo = "install the driver, or set hardware.accelerator: auto"
             yield Finding("gpu", PROBLEM, "hardware.accelerator is cuda; no card found", todo)
         else:
@@ -288,9 +287,7 @@ def _open_files(_: Place) -> Iterator[Finding]:
 
 def _disk(place: Place) -> Iterator[Finding]:
     """Room for one more run where it writes: workspace, DVC's cache, temporary files."""
-    places = {"temporary files": Path(tempfile.gettempdir())}
-    need = 0.5e9
-    yield from _room("disk: temporary files", places["temporary files"], need)
+    yield from _room("disk: temporary files", Path(tempfile.gettempdir()), 0.5e9)
     if place.workspace is None:
         return
     from ringmo.data import versions

@@ -106,7 +106,7 @@ def send(kind: str, message: dict[str, Any]) -> None:
         address = _slack()
         try:
             outbox.post(address, json.dumps(body).encode(), {})
-        except Exception as error:
+        except Exception as error:  # its text may hold the address, which is the secret
             status = getattr(error, "code", None)
             raise OSError(f"status {status}" if status else type(error).__name__) from None
 

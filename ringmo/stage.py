@@ -176,10 +176,15 @@ def failure_reported(workspace: Workspace, stage: str) -> Iterator[None]:
         raise error from caught
 
 
+def announcement(workspace: Workspace, stage: str) -> Path:
+    """The file in which a stage's training says where its figures appear: stage, run_dir, pid."""
+    return workspace.state / "running" / f"{stage.replace('@', '-')}.json"
+
+
 def announce(workspace: Workspace, stage: str, run_dir: Path) -> None:
     """Say, while a training runs, where its figures appear, so that they can be followed live."""
     write_json(
-        workspace.state / "running" / f"{stage.replace('@', '-')}.json",
+        announcement(workspace, stage),
         {"stage": stage, "run_dir": str(run_dir.relative_to(workspace.root)), "pid": os.getpid()},
     )
 

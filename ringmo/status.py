@@ -13,7 +13,7 @@ from typing import Any
 
 from ringmo import console, services
 from ringmo.errors import RingmoError
-from ringmo.stage import Report
+from ringmo.stage import Report, announcement
 from ringmo.workspace import Workspace
 
 # Kind → folders below the workspace.
@@ -83,7 +83,7 @@ def running(workspace: Workspace) -> list[dict[str, Any]]:
 def _trainings(workspace: Workspace) -> list[dict[str, Any]]:
     rows = []
     for row in running(workspace):
-        announced = workspace.state / "running" / f"{row['stage'].replace('@', '-')}.json"
+        announced = announcement(workspace, row["stage"])
         epoch = epochs = None
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             folder = workspace.root / json.loads(announced.read_text())["run_dir"]

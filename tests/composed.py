@@ -11,6 +11,7 @@ of each container's, folders in place of volumes, PostgreSQL's first start. What
 and nowhere else (who waits for whom, what is healthy, every variable and argument) is read from it.
 """
 
+import contextlib
 import os
 import pwd
 import re
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 from servers import postgres_programs
 
@@ -311,12 +313,11 @@ class Composed:
         self.done.add(service)
 
     def _end(self, service: str, how: signal.Signals, limit_s: float) -> None:
-        import psutil
 
         process = self.processes.pop(service, None)
         if process is None:
             return
-        with _gone():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
             children = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGCONT)
             os.killpg(process.pid, how)
@@ -325,7 +326,7 @@ class Composed:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             for child in children:  # a session of their own: what a worker or DVC started
-                with _gone():
+                with contextlib.suppress(ProcessLookupError, psutil.Error):
                     child.kill()
             psutil.wait_procs(children, timeout=10)
         process.wait(30)
@@ -355,17 +356,6 @@ class Composed:
         ask = [programs / "psql", "-v", "ON_ERROR_STOP=1", "--no-psqlrc", *where, "-d", "postgres"]
         subprocess.run(ask, input=script, **how, **quiet)
         self.stop("postgres")
-
-
-class _gone:
-    """Passes over processes that ended by themselves."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        import psutil
-
-        return kind is not None and issubclass(kind, (ProcessLookupError, psutil.Error))
 
 
 def _free_port() -> int:

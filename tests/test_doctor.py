@@ -489,6 +489,7 @@ def test_a_workspace_of_another_version(workspace: Workspace) -> None:
     (workspace.root / ".ringmo-version").write_text("0.0.1\n")
     told = found(doctor._made_by, workspace)["made by"]
     assert told.state == NOTE and "0.0.1" in told.found and ringmo.__version__ in told.found
+    # What people are told to type must work as they type it: in a shell.
     subprocess.run(told.todo.partition("then: ")[2], shell=True, cwd=workspace.root, check=True)
     assert found(doctor._made_by, workspace)["made by"].state == OK
 

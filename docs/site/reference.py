@@ -8,7 +8,7 @@ made here is kept.
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _verbs(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Argu
                 yield from deeper or [(verb.prog, verb)]
 
 
-def _options(parser: argparse.ArgumentParser, without: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+def _options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> str:
     rows = []
     for action in parser._actions:
         if action.dest in without or action.help == argparse.SUPPRESS:

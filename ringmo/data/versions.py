@@ -509,13 +509,9 @@ class Remote:
 
         try:
             yield
-        except (OSError, DvcException) as error:
-            text = f"{self.url}: {_one_line(str(error))}"
-            if any(sign in text.lower() for sign in NO_ANSWER):
-                raise Unreachable(text) from None
-            raise BadInput(text) from None
         except Exception as error:  # botocore's errors have no common ancestor
-            if type(error).__module__.partition(".")[0] not in ("boto3", "botocore", "aiohttp"):
+            ours = type(error).__module__.partition(".")[0] in ("boto3", "botocore", "aiohttp")
+            if not ours and not isinstance(error, OSError | DvcException):
                 raise
             text = f"{self.url}: {_one_line(str(error))}"
             if any(sign in text.lower() for sign in NO_ANSWER):

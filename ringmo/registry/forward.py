@@ -27,7 +27,7 @@ from ringmo.config import Config, digest, flatten
 from ringmo.errors import RingmoError
 from ringmo.process_group import born
 from ringmo.registry.tracker import GENERATED, Tracker, run_url
-from ringmo.stage import Report, write_json
+from ringmo.stage import Report, announcement, write_json
 from ringmo.workspace import Workspace
 
 POLL_S = 3.0
@@ -416,7 +416,7 @@ class Forwarder:
         self.tags = dict(tags)
         self._feed: _Feed | None = None
         self._tracker: Tracker | None = None
-        self._announcement = workspace.state / "running" / f"{stage.replace('@', '-')}.json"
+        self._announcement = announcement(workspace, stage)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._poll, name=f"forward {stage}", daemon=True)
@@ -612,6 +612,8 @@ class ChainRun:
         report.write(final / "report.json")
         if self._summary:
             (final / "summary.md").write_text(self._summary + "\n")
+        if status != "KILLED":  # whoever interrupts does not wait for a server
+            forward_all(self.workspace)  # figures of stages that ran while MLflow was away
         with _parents:
             feed = self._feed = _Feed(self._feed.folder)  # a child may have sent it meanwhile
             version, made_up = _data_version(self.workspace), _made_up(self.workspace) or None

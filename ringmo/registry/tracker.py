@@ -625,18 +625,11 @@ class Accounts:
     def user(self, name: str, password: str | None, role: int) -> bool:
         """An account with just this role; whether it was made now. One that is there keeps its
         password where none is given."""
-        from mlflow.exceptions import MlflowException
-
+        made = not self.has(name)
         with _asking(self.uri):
-            try:
-                self._client.get_user(name)
-                made = False
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+            if made:
                 self._client.create_user(name, password or "")
-                made = True
-            if password and not made:
+            elif password:
                 self._client.update_user_password(name, password)
             # What MLflow gives to whoever makes an experiment is such a role too, and stays.
             held = {one.id: one.name for one in self._client.list_user_roles(name)}

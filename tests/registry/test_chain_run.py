@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ringmo.config import Config
+from ringmo.errors import Unreachable
 from ringmo.registry import forward
 from ringmo.registry.forward import CHAIN, ChainRun, Forwarder, forward_all
 from ringmo.registry.tracker import Run, Tracker
@@ -114,6 +116,23 @@ def test_a_chain_without_mlflow_is_sent_later_with_its_children(
     assert child.tags["mlflow.parentRunId"] == run.id
     assert child.id in run.tags["mlflow.note.content"]
     assert run.status == "FINISHED" and not any((tracked.state / "forward").iterdir())
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_waited_while_mlflow_was_away_is_there_when_the_chain_ends(
+    tracked: Workspace, config: Config, monkeypatch: Any, failed: bool
+) -> None:
+    about = {"flow_run": "f", "reason": "by hand"}
+    with suppress(Unreachable), ChainRun(tracked, config, about) as parent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        stage(tracked, "select", "f", 1.5)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        if failed:
+            raise Unreachable("the next stage")
+        parent.finish(SUMMARY, "| | |")
+    (child,) = Tracker(tracked).runs("select")
+    assert child.status == "FINISHED"
+    assert child.tags["mlflow.parentRunId"] == chain_of(tracked, "f").id
 
 
 def test_a_killed_chain_does_not_stay_running(tracked: Workspace) -> None:
