@@ -91,7 +91,7 @@ def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, tmp_path:
 
 
 UNHEARD = """
-import sys, threading
+import sys
 from pathlib import Path
 from prefect.logging import get_logger
 from prefect.logging.configuration import setup_logging
@@ -102,7 +102,7 @@ watch.go_on_unheard()
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(3):
-    get_logger("prefect.flow_runs").error("more of the log")
+    get_logger("prefect.engine").error("more of the log")
     console.note("and of what people read")
 Path(sys.argv[1]).touch()
 """
