@@ -29,18 +29,18 @@ os.environ.update(
 
 # Files that take longest begin first: one that began last would run on alone.
 LONGEST = (
-    "flows/test_chain.py",
     "deploy/test_composed.py",
-    "flows/test_tasks.py",
     "faults/test_services_killed.py",
-    "test_cleaning.py",
-    "security/test_planted_secrets.py",
+    "flows/test_chain.py",
     "flows/test_deployments.py",
     "flows/test_watch.py",
+    "training/test_resume.py",
+    "tasks/test_every_task.py",
+    "test_cleaning.py",
     "registry/test_promotion.py",
-    "flows/test_approval.py",
     "data/test_validation.py",
-    "deploy/test_backup.py",
+    "flows/test_approval.py",
+    "flows/test_drift_flow.py",
 )
 
 

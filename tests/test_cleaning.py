@@ -128,6 +128,7 @@ def holds(place: Workspace, ref: str) -> None:
     assert {link.link for link in own} <= {"code"}, verify.text(links)
 
 
+@pytest.mark.long
 def test_what_goes_is_shown_first_and_what_stays_can_be_made_again(
     place: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

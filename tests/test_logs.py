@@ -198,6 +198,7 @@ def test_spans_are_sent_when_asked_for_and_flows_speak_in_objects(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mlflow_s_log_is_objects(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("PREFECT_API_URL", "none")  # nobody asks it

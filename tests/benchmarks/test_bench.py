@@ -75,6 +75,7 @@ def test_bench_writes_rows_with_machine_and_versions(source: Source, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_missing_packages_are_said_loudly(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

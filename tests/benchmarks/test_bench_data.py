@@ -106,6 +106,7 @@ def test_scenes_are_made_of_real_pixels(source: Source, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_row_of_the_data_is_measured(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     data = str(source.files[0].parents[1])

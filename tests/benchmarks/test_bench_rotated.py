@@ -24,6 +24,7 @@ def test_rotated_boxes_with_other_answers_are_no_measurement(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rotated_boxes_are_measured_against_shapely(tmp_path: Path) -> None:
     made.write_class_folders(tmp_path / "images", each=2)
     out = tmp_path / "bench.json"

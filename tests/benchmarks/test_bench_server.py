@@ -41,6 +41,7 @@ def test_the_goal_is_reached_only_where_nobody_waits_longer(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_server_is_measured_and_answers_as_mlflow_does(tmp_path: Path) -> None:
     """Ours and MLflow's own, each started, asked and stopped; both must name the same classes."""
     made.write_class_folders(tmp_path / "images", each=2)

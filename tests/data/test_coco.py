@@ -211,6 +211,7 @@ def test_a_box_that_cannot_be_sets_its_image_aside(tmp_path, box, said):
         boxes(image, (32, 32))
 
 
+@pytest.mark.long
 def test_a_large_file_is_never_held(tmp_path):
     """70 MB of polygons, of which boxes are kept."""
     file = tmp_path / "large.json"

@@ -46,6 +46,7 @@ def test_generated_world_goes_in_with_classes_places_and_unlabelled_windows(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_colour_alone_does_not_tell_the_classes_apart(tmp_path):
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score

@@ -49,6 +49,7 @@ def stored(workspace: Any, row: Any) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_readers_in_other_processes_change_no_byte(run, workspace, monkeypatch, tmp_path):
     source = everything(tmp_path / "in")
     small: dict[str, Any] = {"ingest__tile_size": 64, "ingest__shard_mb": 0.5}
@@ -157,6 +158,7 @@ def cluster(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_cluster_reads_by_its_address_and_its_absence_is_one_line(
     run, workspace, cluster, tmp_path
 ):
@@ -178,6 +180,7 @@ def test_a_cluster_reads_by_its_address_and_its_absence_is_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_reader_killed_at_work_is_replaced(workspace, tmp_path):
     from ringmo import config
 

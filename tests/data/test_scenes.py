@@ -675,6 +675,7 @@ print(peak(large) - before)
     ],
     ids=["tiled", "strips"],
 )
+@pytest.mark.long
 def test_a_scene_is_never_held(profile, side, limit, tmp_path):
     """Scenes of 430 MB and 1.2 GB; megabytes beyond what a scene of 3 MB takes."""
     small = write_bands(tmp_path / "small.tif", pixels(1, 1000, 1000))

@@ -97,6 +97,7 @@ def rows(database: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_the_local_default_comes_back_elsewhere(full_once: Workspace, tmp_path: Path) -> None:
     """SQLite and folders; the old workspace is gone, the new one has another name."""
     source = tmp_path / "before"

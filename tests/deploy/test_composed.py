@@ -171,6 +171,7 @@ def test_a_reader_looks_and_promotes_nothing(chain: dict[str, Any], servers: Com
     assert ringmo(ada, "models", "--history", "--json").stdout == before
 
 
+@pytest.mark.long
 def test_a_backup_comes_back_on_empty_servers(
     chain: dict[str, Any], servers: Composed, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ class Counted:
         return counted
 
 
+@pytest.mark.long
 def test_a_comparison_has_every_cell_and_says_what_it_shows(
     filled: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_comparison_has_every_cell_and_says_what_it_shows(
     assert len(list((filled.state / "compare").rglob("model.safetensors"))) == 2
 
 
+@pytest.mark.long
 def test_killed_comparison_goes_on_and_ends_the_same(
     filled: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +253,7 @@ def test_no_labels_are_refused_in_one_line(filled: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_command_from_folder_to_table_and_mlflow(
     workspace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def prepared(workspace: Any, task: str, *folders: Path) -> Config:
         ("height", ground.write_heights, set()),
     ],
 )
+@pytest.mark.long
 def test_from_files_to_figures_and_a_comparison(
     workspace: Any, tmp_path: Path, task: str, write: Callable[[Path, int], Path], own: set[str]
 ) -> None:

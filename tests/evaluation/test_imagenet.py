@@ -116,6 +116,7 @@ def compared(workspace: Any, tmp_path: Path, **changes: Any) -> Any:
     return compare.compare(Config.load(workspace.params_file), workspace, out)
 
 
+@pytest.mark.long
 def test_a_comparison_takes_what_is_there_and_says_what_is_not(
     workspace: Any, tmp_path: Path, known: str
 ) -> None:

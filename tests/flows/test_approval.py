@@ -127,6 +127,7 @@ def test_a_person_says_yes_or_no_in_the_pages(place: Workspace) -> None:
     assert ask(place, ("scene/3", ["a little better"])) == [three]
 
 
+@pytest.mark.long
 def test_who_promotes_by_command_has_answered(place: Workspace) -> None:
     (run,) = ask(place, ("scene/3", ["compared with scene/2"]))
     state(place, run, "PAUSED")
@@ -152,6 +153,7 @@ def test_who_promotes_by_command_has_answered(place: Workspace) -> None:
     assert event["payload"]["who"] == "Cleo"
 
 
+@pytest.mark.long
 def test_nobody_answers_and_a_verdict_changes(place: Workspace) -> None:
     """One question is approved though the gate has refused the version since, one is left."""
     config.edit(place.params_file, {"promotion.wait_h": 0.01})

@@ -157,6 +157,7 @@ def test_every_verb_of_the_registry_speaks(first: dict[str, Any], place: Workspa
         assert isinstance(json.loads(ringmo(place, verb, "--json").stdout), dict)
 
 
+@pytest.mark.long
 def test_a_corrected_label_trains_the_task_and_not_the_encoder(
     first: dict[str, Any], place: Workspace, imagery: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_a_corrected_label_trains_the_task_and_not_the_encoder(
     assert answer["data"]["data_version"] != first["data"]["data_version"]
 
 
+@pytest.mark.long
 def test_new_imagery_adds_shards_and_trains_anew(
     first: dict[str, Any], place: Workspace, imagery: Path
 ) -> None:
@@ -207,6 +209,7 @@ def test_new_imagery_adds_shards_and_trains_anew(
     assert listed["rows"] == answer["heads"]
 
 
+@pytest.mark.long
 def test_killed_before_promotion_the_next_run_promotes_once(
     first: dict[str, Any], place: Workspace
 ) -> None:
@@ -266,6 +269,7 @@ print(json.dumps(ends()))
 """
 
 
+@pytest.mark.long
 def test_one_that_cannot_be_registered_stops_none_of_the_others(
     first: dict[str, Any], place: Workspace
 ) -> None:
@@ -332,6 +336,7 @@ def test_a_failed_rule_stops_the_chain_and_leaves_the_champion(
     (imagery.parent / "kept.jpg").rename(imagery / "town" / "back.jpg")
 
 
+@pytest.mark.long
 def test_without_labels_the_chain_ends_after_the_encoder(
     first: dict[str, Any], place: Workspace, imagery: Path, tmp_path: Path
 ) -> None:

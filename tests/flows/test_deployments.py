@@ -233,6 +233,7 @@ def worker(place: Workspace) -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.parametrize(("missed", "done"), [("once", 1), ("skip", 0)])
+@pytest.mark.long
 def test_a_week_without_a_worker_is_no_backlog(
     place: Workspace, worker: Callable[[], None], missed: str, done: int
 ) -> None:
@@ -429,6 +430,7 @@ def test_an_upload_starts_one_retraining(
         store.stop()
 
 
+@pytest.mark.long
 def test_the_nightly_check_takes_in_and_judges_and_tells_of_failures(
     place: Workspace, tmp_path: Path, monkeypatch: Any
 ) -> None:

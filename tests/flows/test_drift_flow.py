@@ -149,6 +149,7 @@ def test_a_drift_is_told_once_and_starts_a_retraining(place: Workspace) -> None:
     wait_until(lambda: len(events(place)) == 2)
 
 
+@pytest.mark.long
 def test_nothing_to_compare_is_no_failure(place: Workspace) -> None:
     import shutil
 

@@ -49,6 +49,7 @@ def task_runs(place: Workspace) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in found}
 
 
+@pytest.mark.long
 def test_tasks_train_side_by_side_and_each_has_its_champion(place: Workspace) -> None:
     done = subprocess.run(
         command(place, "run", "--json", "--task", *TASKS, "--set", "run.side_by_side=2"),

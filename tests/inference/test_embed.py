@@ -208,6 +208,7 @@ def test_the_command_writes_the_file_and_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_scene_is_never_held(workspace: Workspace, model: Path, tmp_path: Path) -> None:
     """Memory does not grow with the scene: 200 MB of pixels cost less than half of that."""
     import subprocess

@@ -37,6 +37,7 @@ def helpers(workspace: Workspace, model: str, out: Path, names: list[str], count
     return predicting._helpers(line, names, count)
 
 
+@pytest.mark.long
 def test_helpers_answer_scenes_alone(
     workspace: Workspace, model: str, tmp_path: Path, s3: S3
 ) -> None:

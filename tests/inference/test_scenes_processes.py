@@ -51,6 +51,7 @@ def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_walk_goes_on_and_two_share_the_rest(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "in.tif", pixels(1500, 1500))
     alone = ended(started(scene, tmp_path / "alone", 0))
@@ -89,6 +90,7 @@ def test_a_killed_walk_goes_on_and_two_share_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_scene(tmp_path: Path) -> None:
     """20,000 x 20,000 pixels, of which 2 % are there: 1.2 GB as they lie in memory."""
     path, side = tmp_path / "sparse.tif", 20_000

@@ -115,6 +115,7 @@ def test_an_object_that_was_replaced_is_read_anew(
             assert (file.read(1) == loaded.predict([rgb(seed, 64, 64)])[0]["mask"]).all()
 
 
+@pytest.mark.long
 def test_a_bucket_that_is_away_is_no_image_s_fault(workspace: Workspace, bucket: S3) -> None:
     """It is the server's message, and the server lives on."""
     own = S3(bucket.folder.parent / "away")

@@ -67,6 +67,7 @@ def found(workspace: Any, task: str, image: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_chain_of_upright_boxes_runs_on_real_imagery(tmp_path: Path) -> None:
     if not RSOD.is_dir():
         pytest.skip("no real imagery beside the checkout")
@@ -87,6 +88,7 @@ def test_the_chain_of_upright_boxes_runs_on_real_imagery(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_chain_of_turned_boxes_runs_on_blocks_of_a_scene_beside_generated_ones(
     tmp_path: Path,
 ) -> None:

@@ -71,6 +71,7 @@ def answered(workspace: Any, model: Path, image: Path, **beside: Path) -> dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_construction_finds_what_changed(fresh: Any) -> None:
     _, model = run(fresh, "construction", PAIRS, 2)
     name = "test_2_0000_0000.png"
@@ -78,12 +79,14 @@ def test_construction_finds_what_changed(fresh: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_transport_maps_roads(fresh: Any) -> None:
     _, model = run(fresh, "transport", ROADS, 2, **{"ingest.include": ["satImage_0[0-4]*"]})
     answered(fresh, model, ROADS / "images" / "satImage_004.png")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_water_is_told_from_land_by_two_sensors(fresh: Any) -> None:
     report, model = run(fresh, "water", FLOODS, 12)
     assert report.figures["test_miou"] > report.figures["trivial_miou"] + 0.1
@@ -92,6 +95,7 @@ def test_water_is_told_from_land_by_two_sensors(fresh: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_environment_maps_land_cover(fresh: Any) -> None:
     about = {str(LAND): {"layout": "masks", "masks": "loveda"}}
     _, model = run(fresh, "environment", LAND, 2, **{"ingest.about": about})
@@ -99,6 +103,7 @@ def test_environment_maps_land_cover(fresh: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_height_is_told_from_imagery(fresh: Any) -> None:
     _, model = run(fresh, "height", GROUND, 2)
     answered(fresh, model, sorted((GROUND / "S2L2A").iterdir())[0])

@@ -87,6 +87,7 @@ def pages(workspace: Workspace, ref: str, out: Path) -> tuple[str, Parsed]:
     return Path(told["markdown"]).read_text(), Parsed(Path(told["html"]).read_text())
 
 
+@pytest.mark.long
 def test_a_card_is_written_from_the_registry_alone(gone: Workspace, tmp_path: Path) -> None:
     markdown, page = pages(gone, "scene@champion", tmp_path)
     for said in (
@@ -243,6 +244,7 @@ def test_what_is_not_recorded_is_said_so(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", [True], indirect=True)
+@pytest.mark.long
 def test_a_server_that_keeps_the_files_gives_the_card_what_it_needs(
     workspace: Workspace, make_model: Any, server: Any, monkeypatch: Any, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_what_passed_is_promoted_by_itself_once(selected: Workspace, made: Made)
     assert chain.passed(selected, "scene") is None, "what a person rolled back stays so"
 
 
+@pytest.mark.long
 def test_a_verdict_against_another_champion_is_found_anew(
     selected: Workspace, config: Config, made: Made
 ) -> None:

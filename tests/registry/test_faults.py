@@ -27,6 +27,7 @@ def _register(root: Path, moment: int | None = None) -> None:
     register(Config.load(workspace.params_file), workspace, "scene", {"flow_run": "f7"})
 
 
+@pytest.mark.long
 def test_killed_at_any_call_it_leaves_whole_versions_only(
     tracked: Workspace, make_model: Any
 ) -> None:

@@ -98,6 +98,7 @@ def nothing_left_but_mlflow(made: Workspace) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sources_have_their_shares_also_when_only_mlflow_is_left(made: Workspace) -> None:
     with nothing_left_but_mlflow(made):
         tree = lineage.lineage(made, "scene@champion")

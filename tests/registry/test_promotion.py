@@ -49,6 +49,7 @@ def whole_record(workspace: Workspace) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.long
 def test_the_champion_gives_way_and_comes_back(anywhere: Workspace) -> None:
     promote(anywhere, 1)
     assert aliases(anywhere) == {"champion": 1, "candidate": 3}
@@ -400,6 +401,7 @@ def test_killed_at_any_call_the_next_command_finishes(three: Workspace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_mlflow_down_between_two_aliases(
     three_central: Workspace, central: Any, monkeypatch: Any
 ) -> None:

@@ -34,6 +34,7 @@ def _files(workspace: Workspace) -> dict[Path, tuple[int, int]]:
     }
 
 
+@pytest.mark.long
 def test_interrupted_it_goes_on_and_ends_with_the_same_bits(
     made: Workspace, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_task_trains_is_measured_and_answers(workspace: Any, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("early", [False, True])
+@pytest.mark.long
 def test_a_killed_training_ends_as_if_never_killed(
     workspace: Any, tmp_path: Path, task: str, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

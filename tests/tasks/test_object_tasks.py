@@ -302,6 +302,7 @@ def fitted(
 
 @pytest.mark.slow
 @EACH
+@pytest.mark.long
 def test_a_small_batch_can_be_learnt_by_heart(name: str) -> None:
     task, given = task_of(name), sample(6, name, empty=1)
     model = fitted(task, given, 100)
@@ -359,6 +360,7 @@ def real_sample(name: str) -> tuple[Sample, list[str]]:
 
 @pytest.mark.slow
 @EACH
+@pytest.mark.long
 def test_real_objects_can_be_learnt_by_heart(name: str) -> None:
     task, (given, names) = task_of(name), real_sample(name)
     model = fitted(task, given, 100, classes=len(names))

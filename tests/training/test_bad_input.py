@@ -98,6 +98,7 @@ sys.exit(main(["pretrain", "--workspace", sys.argv[1]]))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_larger_than_the_memory_names_the_largest_that_fits(workspace: Any) -> None:
     """In a process that may take 1 GB more, which 32 images of 384 pixels exceed."""
     filled(workspace, side=200, model__image_size=384, pretrain__batch_size=32)

@@ -80,6 +80,7 @@ def test_how_often_the_neighbours_are_asked_is_no_part_of_the_training(workspace
     ],
     ids=["simmim", "lbp", "mae"],
 )
+@pytest.mark.long
 def test_methods_and_targets_train_and_resume(
     workspace: Any, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +260,7 @@ def test_lower_levels_learn_slower(workspace: Any) -> None:
         assert decay[id(parameter)] == (0 if plain else 0.05), name
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
     workspace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

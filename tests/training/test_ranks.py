@@ -83,6 +83,7 @@ def test_two_ranks_give_the_curve_and_the_statistics_of_one(tmp_path: Path) -> N
         assert double[counted] == single[counted] == 42
 
 
+@pytest.mark.long
 def test_two_ranks_mix_and_erase_what_one_would(tmp_path: Path) -> None:
     values = {
         "finetune__scene__epochs": 4,
@@ -108,6 +109,7 @@ def test_two_ranks_mix_and_erase_what_one_would(tmp_path: Path) -> None:
     assert trained.example["example.image"].shape[-1] == 40
 
 
+@pytest.mark.long
 def test_two_ranks_find_the_changes_that_one_would(tmp_path: Path) -> None:
     """Both dates, mask and balanced weights; BatchNorm of the decoder over both ranks."""
     made = {}
@@ -125,6 +127,7 @@ def test_two_ranks_find_the_changes_that_one_would(tmp_path: Path) -> None:
         np.testing.assert_allclose(double, single, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_two_ranks_learn_boxes_much_as_one_would(tmp_path: Path) -> None:
     """Each rank draws the anchors it learns from, so the curves are near and not the same."""
     curves = {}

@@ -89,6 +89,7 @@ def test_a_finished_training_is_not_trained_again(
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.long
 def test_resumed_training_ends_in_the_same_bytes(
     filled: Any, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
