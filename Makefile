@@ -1,6 +1,6 @@
-# make run [DATA=FOLDER]   the whole chain          make test        lint, types and every test
+# make run [DATA=FOLDER]   the whole chain          make test        lint, types and the tests
 # make down                end the local servers    make test-fast   unit tests only
-# make test-long           what trains for minutes, every command of the pages, every rung of the bench
+# make test-long           the longest hundred: chains of every field, every command of the pages, the bench
 # make docs                the pages, in build/site  make audit       known holes of what it stands on
 # make licences            of all packages           make sbom        build/sbom.cdx.json, for others
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
