@@ -21,7 +21,8 @@ from ringmo import config
 from ringmo.training import checkpoint
 from ringmo.workspace import Workspace, init
 
-pytestmark = pytest.mark.slow
+# The second test interrupts the tasks that the first one chose.
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 TASKS = ("segmentation", "height")
 
 
@@ -49,7 +50,6 @@ def task_runs(place: Workspace) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in found}
 
 
-@pytest.mark.long
 def test_tasks_train_side_by_side_and_each_has_its_champion(place: Workspace) -> None:
     done = subprocess.run(
         command(place, "run", "--json", "--task", *TASKS, "--set", "run.side_by_side=2"),
