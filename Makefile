@@ -1,6 +1,6 @@
 # make run [DATA=FOLDER]   the whole chain          make test        lint, types and the tests
 # make down                end the local servers    make test-fast   unit tests only
-# make test-long           the longest hundred: chains of every field, every command of the pages, the bench
+# make test-long           the longest tests: chains of every field, every command of the pages, the bench
 # make docs                the pages, in build/site  make audit       known holes of what it stands on
 # make licences            of all packages           make sbom        build/sbom.cdx.json, for others
 # make bench [ONLY=loader,step] [OUT=FILE] [DATA=FOLDER]   measure everything side by side
@@ -21,7 +21,7 @@ test: lint
 	@$(BIN)/pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/ready
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow and not long"
 
 test-long: .venv/ready
 	@$(BIN)/pytest -n 2 --dist loadfile -m long

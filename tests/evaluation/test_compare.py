@@ -253,7 +253,6 @@ def test_no_labels_are_refused_in_one_line(filled: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_one_command_from_folder_to_table_and_mlflow(
     workspace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

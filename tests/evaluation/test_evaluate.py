@@ -68,7 +68,6 @@ def chain(workspace: Any) -> dict[str, Report]:
     }
 
 
-@pytest.mark.long
 def test_three_colours_are_learnt_and_told(filled: Any) -> None:
     reports = chain(filled)
     assert reports["finetune"].figures["val_accuracy"] == 1.0
@@ -184,7 +183,6 @@ def test_one_batch_can_be_pretrained_on(filled: Any) -> None:
     assert report.figures["steps"] == 2 and report.figures["val_loss"] is None
 
 
-@pytest.mark.long
 def test_answers_of_several_positions_are_asked_for(filled: Any) -> None:
     config.edit(filled.params_file, {"evaluate.flips": 8, "finetune.scene.epochs": 2})
     figures = chain(filled)["evaluate"].figures

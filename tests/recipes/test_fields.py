@@ -71,7 +71,6 @@ def answered(workspace: Any, model: Path, image: Path, **beside: Path) -> dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_construction_finds_what_changed(fresh: Any) -> None:
     _, model = run(fresh, "construction", PAIRS, 2)
     name = "test_2_0000_0000.png"

@@ -87,7 +87,6 @@ def pages(workspace: Workspace, ref: str, out: Path) -> tuple[str, Parsed]:
     return Path(told["markdown"]).read_text(), Parsed(Path(told["html"]).read_text())
 
 
-@pytest.mark.long
 def test_a_card_is_written_from_the_registry_alone(gone: Workspace, tmp_path: Path) -> None:
     markdown, page = pages(gone, "scene@champion", tmp_path)
     for said in (

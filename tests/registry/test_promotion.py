@@ -49,7 +49,6 @@ def whole_record(workspace: Workspace) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.long
 def test_the_champion_gives_way_and_comes_back(anywhere: Workspace) -> None:
     promote(anywhere, 1)
     assert aliases(anywhere) == {"champion": 1, "candidate": 3}

@@ -80,7 +80,6 @@ def test_how_often_the_neighbours_are_asked_is_no_part_of_the_training(workspace
     ],
     ids=["simmim", "lbp", "mae"],
 )
-@pytest.mark.long
 def test_methods_and_targets_train_and_resume(
     workspace: Any, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,8 +88,9 @@ def test_a_finished_training_is_not_trained_again(
     assert encoder.read_bytes() == whole
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-@pytest.mark.long
+@pytest.mark.parametrize(
+    "step", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4, 5))]
+)
 def test_resumed_training_ends_in_the_same_bytes(
     filled: Any, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
