@@ -158,8 +158,9 @@ def at_work(workspace: Workspace) -> list[str]:
 def _at_work(workspace: Workspace) -> list[str]:
     rows = {row["pid"]: f"{row['stage']} (process {row['pid']})" for row in running(workspace)}
     for pid, command, lives in versions.at_work(workspace):
-        if lives and pid != os.getpid():
+        if lives:
             rows.setdefault(pid, f"`{command}` (process {pid})")
+    rows.pop(os.getpid(), None)  # what trained in this very process has ended: it cleans now
     said = list(rows.values())
     for lock in sorted((workspace.state / "reproduced").glob("*/.ringmo/reproduce.lock")):
         if _held(lock):
