@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
-from servers import postgres_programs
+from servers import free_port, postgres_programs
 
 from ringmo import compose_env
 
@@ -361,12 +361,7 @@ class Composed:
 def _free_port() -> int:
     """One that is free, and so is the one 10,000 above it, where SeaweedFS's programs talk."""
     while True:
-        with socket.socket() as probe, socket.socket() as above:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-            if port < 45_000:
-                try:
-                    above.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
+        port = free_port()
+        with socket.socket() as above, contextlib.suppress(OSError):
+            above.bind(("127.0.0.1", port + 10_000))
+            return port

@@ -103,9 +103,9 @@ def test_a_request_without_an_answer_in_time_is_given_up(tmp_path: Path) -> None
     served = Served(
         init(tmp_path / "workspace"),
         *("--model", str(write_task_model(tmp_path / "segmentation", "segmentation"))),
-        *("--time-limit", "1", "--max-side", "1000"),
+        *("--time-limit", "1", "--max-side", "3000"),
     )
-    late = served.post("/predict/segmentation", png(rgb(1, 1000, 1000)))
+    late = served.post("/predict/segmentation", png(rgb(1, 3000, 3000)))
     assert late.status_code == 504 and "no answer after 1 s" in late.text
     assert served.get("/health").status_code == 200
     assert served.stop() == 0
