@@ -1,10 +1,9 @@
 """`make faults`: fill the table of fault × stage × outcome, cell by cell, and write it.
 
-    python -m fault_cells [--faults "kill mlflow" …] [--stages pretrain …] [--alone]
-    python -m fault_cells --one "kill prefect: select" "kill mlflow: register@scene" …
+    python -m fault_cells [--faults "kill mlflow" …] [--stages pretrain …] [--alone] [--share 1/3]
 
-One chain takes as many cells of a fault as it can, one after the other; `--alone` gives each cell a
-chain of its own, `--one` names the cells that one chain takes, of whatever faults. Cells that were
+One chain takes as many cells as it can, a fault at each of its stages; `--alone` gives each cell a
+chain of its own. Several may run side by side, each with its share of the chains. Cells that were
 filled with this very code are not filled again.
 """
 
@@ -21,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from fault_rig import Rig
-from fault_run import CLOCKS, FAULTS, FULL, STAGES, Cell, Run
+from fault_run import CLOCKS, FAULTS, FULL, KILLS, PAUSES, STAGES, TRIES, Cell, Run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
 Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
-# A run is begun again twice at most: more such faults in one chain would end it.
-A_CHAIN = {"kill flow": 2, "kill machine": 2}
+# A run is begun again twice at most: more of these in one chain would end it.
+ENDS_RUN = ("kill flow", "kill machine")
 
 
 def code() -> str:
@@ -110,6 +109,28 @@ def chain(rig: Rig, folder: Path, plan: Plan, expected: Any) -> Plan:
     return left
 
 
+def chains(todo: dict[str, list[str]], alone: bool) -> list[Plan]:
+    """Faults that each stage is to meet, as chains that take one at each stage, of all kinds."""
+    stages = [stage for stage in STAGES if todo.get(stage)]
+    if alone:
+        return [[(fault, stage)] for stage in stages for fault in todo[stage]]
+    left = {}
+    for i, stage in enumerate(stages):  # each chain begins with another fault
+        turn = i % len(todo[stage])
+        left[stage] = todo[stage][turn:] + todo[stage][:turn]
+    found: list[Plan] = []
+    while any(left.values()):
+        plan: Plan = []
+        for stage in stages:
+            may = sum(fault in ENDS_RUN for fault, _ in plan) < TRIES - 1
+            fault = next((f for f in left[stage] if may or f not in ENDS_RUN), None)
+            if fault is not None:
+                left[stage].remove(fault)
+                plan.append((fault, stage))
+        found.append(plan)
+    return found
+
+
 def write() -> None:
     """The table into docs/faults.md."""
     newest = {(row["fault"], row["stage"]): row for row in filled()}
@@ -157,24 +178,18 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--alone", action="store_true", help="a chain for each cell")
-    parser.add_argument("--one", nargs="+", metavar="FAULT: STAGE", help="cells of one chain")
+    parser.add_argument("--share", metavar="K/N", default="1/1", help="of the chains, each N-th")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
     done = {(row["fault"], row["stage"]) for row in filled() if row["code"] == code()}
+    share, _, shares = asked.share.partition("/")
     plans: list[Plan] = []
-    if asked.one:
-        cells = [tuple(cell.split(": ")) for cell in asked.one]
-        assert all(fault in FAULTS and stage in STAGES for fault, stage in cells), cells
-        plans = [sorted(set(cells) - done, key=lambda cell: STAGES.index(cell[1]))]
-    elif not asked.table:
-        for fault in asked.faults:
-            todo = [
-                (fault, stage)
-                for stage in STAGES
-                if stage in asked.stages and (fault, stage) not in done
-            ]
-            many = 1 if asked.alone else A_CHAIN.get(fault, len(STAGES))
-            plans += [todo[i : i + many] for i in range(0, len(todo), many)]
+    if not asked.table:
+        for kind in (KILLS + PAUSES, (FULL,), *((clock,) for clock in CLOCKS)):
+            faults = [fault for fault in kind if fault in asked.faults]
+            todo = {s: [f for f in faults if (f, s) not in done] for s in asked.stages}
+            plans += chains(todo, asked.alone)
+    plans = plans[int(share) - 1 :: int(shares)]
     folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
     print(f"logs and workspaces: {folder}", flush=True)
     for false_clock in (False, True):

@@ -10,6 +10,7 @@ import pytest
 from served import Served, png, write_task_model
 from small_models import rgb
 
+from ringmo.inference.server.connections import CONNECTIONS
 from ringmo.workspace import init
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,40 @@ def test_who_finds_it_full_is_told_to_come_again_and_who_is_slow_is_sent_away(
         assert b" 408 " in caller.recv(1000).split(b"\r\n")[0]
         caller.close()
     assert server.metric(GONE % 429) == 1 and server.metric(GONE % 408) == 2
+    assert server.post("/predict/scene", png(rgb(1))).status_code == 200
+
+
+def test_who_sends_no_request_does_not_stay(server: Served) -> None:
+    """Silent, in the middle of a head, and in that of the second request of one connection."""
+    whole = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    callers = [socket.create_connection(("127.0.0.1", server.port), 20) for _ in range(3)]
+    callers[1].sendall(whole[:20].encode())
+    callers[2].sendall(whole.encode())
+    heard = b""
+    while b"alive" not in heard:
+        heard += callers[2].recv(4096)
+    callers[2].sendall(whole[:20].encode())
+    began = time.monotonic()
+    for caller in callers:
+        heard = caller.recv(4096)
+        assert heard.startswith(b"HTTP/1.1 408") and b"no whole request after 4 s" in heard
+        assert caller.recv(4096) == b"", "and it is closed"
+        caller.close()
+    assert time.monotonic() - began < 8
+
+
+def test_connections_beyond_the_limit_are_told_so_and_closed(server: Served) -> None:
+    address = ("127.0.0.1", server.port)
+    first = socket.create_connection(address, 20)
+    held = [socket.create_connection(address, 20) for _ in range(CONNECTIONS + 20)]
+    full = 0
+    for caller in held[-20:]:
+        full += b" 503 " in caller.recv(4096).split(b"\r\n")[0]
+    assert full == 20
+    first.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert first.recv(12) == b"HTTP/1.1 200", "who was there before is answered"
+    for caller in (first, *held):
+        caller.close()
     assert server.post("/predict/scene", png(rgb(1))).status_code == 200
 
 

@@ -17,6 +17,7 @@ from ringmo.environment import SERVE_TOKEN
 from ringmo.errors import BadInput
 from ringmo.inference.server.app import LOOPBACK, Limits, Server, application
 from ringmo.inference.server.batching import Engine
+from ringmo.inference.server.connections import protocol
 from ringmo.inference.server.measures import Measures
 from ringmo.inference.server.models import Models
 from ringmo.workspace import Workspace
@@ -85,6 +86,7 @@ def serve(
         application(server, token, host),
         host=host,
         port=port,
+        http=protocol(limits.seconds),
         log_level="error",
         log_config=None if console.log_is_json() else uvicorn.config.LOGGING_CONFIG,
         access_log=False,

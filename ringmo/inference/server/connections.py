@@ -1,0 +1,68 @@
+"""Open connections: how many there may be, and how long one may be silent."""
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Beside the files and sockets of the models, below the 1,024 that a process may commonly have open.
+CONNECTIONS = 500
+
+
+def _refusal(status: HTTPStatus, error: str, *headers: str) -> bytes:
+    body = json.dumps({"error": error, "status": status})
+    head = (
+        f"HTTP/1.1 {status:d} {status.phrase}",
+        *("Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}"),
+        *headers,
+    )
+    return ("\r\n".join(head) + "\r\n\r\n" + body).encode()
+
+
+def protocol(silence_s: float) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1, which itself waits for ever for the head of a request.
+
+    A connection that has not sent the whole head of its next request after `silence_s` seconds is
+    closed with 408; one beyond CONNECTIONS, with 503 at once.
+    """
+
+    class Connection(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > CONNECTIONS:
+                text = f"{CONNECTIONS} connections are open: try again"
+                transport.write(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, text, "Retry-After: 1"))
+                transport.close()
+            else:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is None or self.cycle.response_complete:
+                self._wait()
+            else:
+                self._stop_waiting()
+
+        def _wait(self) -> None:
+            if self._late is None and not self.transport.is_closing():
+                self._late = self.loop.call_later(silence_s, self._close_late)
+
+        def _stop_waiting(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _close_late(self) -> None:
+            text = f"no whole request after {silence_s:g} s"
+            self.transport.write(_refusal(HTTPStatus.REQUEST_TIMEOUT, text))
+            self.transport.close()
+
+    return Connection
