@@ -94,9 +94,10 @@ def chain(rig: Rig, folder: Path, plan: Plan, expected: Any) -> Plan:
             lost = str(error)
             if not cells:  # nothing was disturbed before: it is this cell's
                 cells.append(Cell(fault, stage, "lost", wrong=[lost]))
-            else:
+                continue
+            left = [(fault, stage), *left]  # another chain's then
+            if run.state()["type"] != "COMPLETED":  # else it went on past it under a paused server
                 cells[-1].wrong.append(lost)
-                left = [(fault, stage), *left]
     try:
         run.wait()
         wrong = run.wrong(expected)
