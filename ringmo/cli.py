@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -830,9 +831,11 @@ def _promote(arguments: Arguments) -> None:
 
     _, workspace = _open(arguments)
     ref = arguments.ref
-    chosen = listing.resolve(workspace, ref if "/" in ref or "@" in ref else f"{ref}@candidate")
-    stage = f"promote@{chosen.model}"
+    if "/" not in ref and "@" not in ref:
+        ref = f"{ref}@candidate"
+    stage = f"promote@{re.split('[@/]', ref)[0]}"
     with failure_reported(workspace, stage):
+        chosen = listing.resolve(workspace, ref)
         moved = promotion.promote(
             workspace,
             chosen.model,

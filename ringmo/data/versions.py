@@ -31,7 +31,8 @@ REMOTE = "main"
 ANEW = "all imagery is taken in"  # why a stage runs although DVC sees no change
 CLEANED = "cleaned-data.json"  # in .ringmo: data version → the day on which it was removed
 # Seconds to find that a store does not answer; DVC's own default is minutes, several times over.
-CONNECT_TIMEOUT_S = 10
+# Without them DVC waits for ever for an S3 server that does not answer.
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 30
 # S3-compatible stores do not all know what boto sends since 1.36 unless these say otherwise.
 CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 # What the lines of a remote that does not answer say, among everything DVC may complain of.
@@ -573,7 +574,7 @@ def _set_remote(workspace: Workspace, config: Config) -> None:
         url = str(folder)
         inside = folder.resolve().is_relative_to(workspace.root)
     elif url.startswith("s3://"):
-        wanted["connect_timeout"] = CONNECT_TIMEOUT_S
+        wanted["connect_timeout"], wanted["read_timeout"] = CONNECT_TIMEOUT_S, READ_TIMEOUT_S
         if config.versioning.endpoint:
             wanted["endpointurl"] = config.versioning.endpoint
     with _repo(workspace) as repo:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 from typing import Any
 
@@ -154,15 +155,21 @@ def test_s3_remote_gives_the_store_back_and_refuses_the_wrong_secret(
 
 
 @pytest.mark.slow
-def test_remote_that_does_not_answer_is_unreachable(run, workspace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("listens", [False, True])
+def test_remote_that_does_not_answer_is_unreachable(run, workspace, tmp_path, monkeypatch, listens):
+    """Also one that takes every request and says nothing."""
+    monkeypatch.setattr(versions, "READ_TIMEOUT_S", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     run(class_folders(tmp_path / "in", each=3))
     versions.add_store(workspace, config(workspace))
-    dead = {"versioning.remote": "s3://bucket/x", "versioning.endpoint": "http://127.0.0.1:9"}
+    silent = socket.create_server(("127.0.0.1", 0))
+    port = silent.getsockname()[1] if listens else 9
+    dead = {"versioning.remote": "s3://bucket/x", "versioning.endpoint": f"http://127.0.0.1:{port}"}
     params.edit(workspace.params_file, dead)
-    with pytest.raises(Unreachable) as error:
+    with silent, pytest.raises(Unreachable) as error:
         versions.push(workspace, config(workspace))
     assert "\n" not in str(error.value)
 

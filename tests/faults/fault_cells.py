@@ -4,7 +4,7 @@
 
 One chain takes as many cells as it can, a fault at each of its stages; `--alone` gives each cell a
 chain of its own. Several may run side by side, each with its share of the chains. Cells that were
-filled with this very code are not filled again.
+filled with this very code are not filled again; those that went well with no code come first.
 """
 
 import argparse
@@ -182,14 +182,19 @@ def main() -> None:
     parser.add_argument("--share", metavar="K/N", default="1/1", help="of the chains, each N-th")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
-    done = {(row["fault"], row["stage"]) for row in filled() if row["code"] == code()}
+    now, rows = code(), filled()
+    done = {(row["fault"], row["stage"]) for row in rows if row["code"] == now}
+    good = done | {(row["fault"], row["stage"]) for row in rows if not row["wrong"]}
     share, _, shares = asked.share.partition("/")
     plans: list[Plan] = []
     if not asked.table:
-        for kind in (KILLS + PAUSES, (FULL,), *((clock,) for clock in CLOCKS)):
-            faults = [fault for fault in kind if fault in asked.faults]
-            todo = {s: [f for f in faults if (f, s) not in done] for s in asked.stages}
-            plans += chains(todo, asked.alone)
+        faults = [fault for fault in FAULTS if fault in asked.faults]
+        asked_for = {(fault, stage) for fault in faults for stage in asked.stages}
+        # First what went well by no code yet.
+        for cells in (asked_for - good, asked_for & (good - done)):
+            for kind in (KILLS + PAUSES, (FULL,), tuple(CLOCKS)):
+                todo = {s: [f for f in faults if f in kind and (f, s) in cells] for s in STAGES}
+                plans += chains(todo, asked.alone)
     plans = plans[int(share) - 1 :: int(shares)]
     folder = Path(tempfile.mkdtemp(prefix="ringmo-faults-"))
     print(f"logs and workspaces: {folder}", flush=True)

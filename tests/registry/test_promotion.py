@@ -49,6 +49,18 @@ def whole_record(workspace: Workspace) -> list[dict[str, Any]]:
     return rows
 
 
+def test_a_registry_that_does_not_answer_is_reported_as_worth_another_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the chain: an outage is waited for longer than a crash is tried again."""
+    workspace = init(tmp_path / "workspace")
+    monkeypatch.setenv("RINGMO_WORKSPACE", str(workspace.root))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["promote", "scene/1"]) == 3
+    report = json.loads(workspace.report_file("promote@scene").read_text())
+    assert report["retry"] and report["exit_code"] == 3 and "does not answer" in report["reason"]
+
+
 def test_the_champion_gives_way_and_comes_back(anywhere: Workspace) -> None:
     promote(anywhere, 1)
     assert aliases(anywhere) == {"champion": 1, "candidate": 3}
