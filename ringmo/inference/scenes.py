@@ -47,6 +47,7 @@ from ringmo.inference.windows import Windows
 from ringmo.system_metrics import peak_memory_mb
 from ringmo.tasks.base import UNKNOWN
 from ringmo.tasks.dense import MaskTask
+from ringmo.tasks.objects import ObjectTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 REVISION = 2  # raised when the same scene and model get another answer: what is half done is redone
 TOGETHER, TOGETHER_BYTES = 32, 16e6  # windows that a model is given at a time, and their answers
+BOXES_TOGETHER = 8  # a detector keeps the features of a thousand proposals of each: 50 MB
 POLL_S = 0.5  # between two looks whether other processes are ready
 MANY_COLUMNS = 4  # blocks side by side for which strips are decoded over and over
 WAIT_S = 0.2  # between two looks whether the other threads are well
@@ -371,7 +373,8 @@ class _Walk:
         self.failed: list[BaseException] = []
         self.stop = threading.Event()
         values = 4 * job.window**2 * max(1, len(job.bundle.classes))
-        self.batch = int(min(TOGETHER, max(1, TOGETHER_BYTES / values)))
+        most = BOXES_TOGETHER if isinstance(job.bundle.task, ObjectTask) else TOGETHER
+        self.batch = int(min(most, max(1, TOGETHER_BYTES / values)))
 
     def run(self) -> None:
         threads = [
@@ -652,7 +655,7 @@ class _Delivery:
         return files, {**told, "cells": int((said != UNKNOWN).sum())}
 
     def _boxes(self, kind: Boxes) -> tuple[dict[str, Path], dict[str, Any]]:
-        from ringmo.tasks.objects import SURE, ObjectTask
+        from ringmo.tasks.objects import SURE
 
         parts = [arrays for _, arrays in self._blocks("corners", "scores", "labels")]
         corners, scores, labels = (

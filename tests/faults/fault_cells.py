@@ -27,8 +27,9 @@ RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
 Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
-# A run is begun again twice at most: more of these in one chain would end it.
-ENDS_RUN = ("kill flow", "kill machine")
+# A run is begun again twice at most: more of these in one chain would end it. Of two pauses with a
+# moment between them the flow may look dead too.
+ENDS_RUN = ("kill flow", "kill machine", "pause flow")
 
 
 def code() -> str:
