@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from fault_rig import Rig
-from fault_run import CLOCKS, FAULTS, FULL, KILLS, PAUSES, STAGES, TRIES, Cell, Run
+from fault_run import CLOCKS, FAULTS, FULL, KILLS, PAUSES, STAGES, Cell, Run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
 Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
-# A run is begun again twice at most: more of these in one chain would end it. Of two pauses with a
-# moment between them the flow may look dead too.
+# Once in a chain: a run is begun again twice at most, and after two pauses with a moment between them
+# the flow counts as dead.
 ENDS_RUN = ("kill flow", "kill machine", "pause flow")
 
 
@@ -45,6 +45,12 @@ def filled() -> list[dict[str, Any]]:
     if not RESULTS.exists():
         return []
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def filled_now() -> set[tuple[str, str]]:
+    """Those that were filled with this very code."""
+    now = code()
+    return {(row["fault"], row["stage"]) for row in filled() if row["code"] == now}
 
 
 def keep(cell: Cell, resumed: list[str]) -> None:
@@ -124,8 +130,8 @@ def chains(todo: dict[str, list[str]], alone: bool) -> list[Plan]:
     while any(left.values()):
         plan: Plan = []
         for stage in stages:
-            may = sum(fault in ENDS_RUN for fault, _ in plan) < TRIES - 1
-            fault = next((f for f in left[stage] if may or f not in ENDS_RUN), None)
+            had = {fault for fault, _ in plan if fault in ENDS_RUN}
+            fault = next((f for f in left[stage] if f not in had), None)
             if fault is not None:
                 left[stage].remove(fault)
                 plan.append((fault, stage))
@@ -183,9 +189,8 @@ def main() -> None:
     parser.add_argument("--share", metavar="K/N", default="1/1", help="of the chains, each N-th")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
-    now, rows = code(), filled()
-    done = {(row["fault"], row["stage"]) for row in rows if row["code"] == now}
-    good = done | {(row["fault"], row["stage"]) for row in rows if not row["wrong"]}
+    done = filled_now()
+    good = done | {(row["fault"], row["stage"]) for row in filled() if not row["wrong"]}
     share, _, shares = asked.share.partition("/")
     plans: list[Plan] = []
     if not asked.table:
@@ -212,7 +217,7 @@ def fill(folder: Path, plans: list[Plan], false_clock: bool) -> None:
         rig.start()
         expected = reference(rig, folder)
         for plan in plans:
-            while plan:
+            while plan := [cell for cell in plan if cell not in filled_now()]:
                 plan = chain(rig, folder, plan, expected)
                 write()
     finally:
