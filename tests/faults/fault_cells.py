@@ -27,8 +27,8 @@ RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
 Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
-# Once in a chain: a run is begun again twice at most, and after two pauses with a moment between them
-# the flow counts as dead.
+# Once in a chain: a run is begun again twice at most, and after two pauses with a moment between
+# them the flow counts as dead.
 ENDS_RUN = ("kill flow", "kill machine", "pause flow")
 
 
