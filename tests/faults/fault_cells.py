@@ -148,6 +148,7 @@ def write() -> None:
         "went on": "on",
         "the stage was tried again": "stage",
         "the run was begun again": "run",
+        "the run ended, the next went on": "next",
     }
     for fault in FAULTS:
         row = []
