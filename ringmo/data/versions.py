@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 REMOTE = "main"
 ANEW = "all imagery is taken in"  # why a stage runs although DVC sees no change
 CLEANED = "cleaned-data.json"  # in .ringmo: data version → the day on which it was removed
-# Seconds to find that a store does not answer; DVC's own default is minutes, several times over.
-# Without them DVC waits for ever for an S3 server that does not answer.
+# Seconds until a store counts as not answering. By itself DVC waits for minutes for a connection,
+# several times over, and for an answer for ever.
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 30
 # S3-compatible stores do not all know what boto sends since 1.36 unless these say otherwise.
 CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")

@@ -53,6 +53,12 @@ def filled_now() -> set[tuple[str, str]]:
     return {(row["fault"], row["stage"]) for row in filled() if row["code"] == now}
 
 
+def to_fill(plan: Plan) -> Plan:
+    """What of it is left; another of those side by side may have filled some."""
+    done = filled_now()
+    return [cell for cell in plan if cell not in done]
+
+
 def keep(cell: Cell, resumed: list[str]) -> None:
     row = dataclasses.asdict(cell) | {
         "code": code(),
@@ -142,7 +148,6 @@ def chains(todo: dict[str, list[str]], alone: bool) -> list[Plan]:
 def write() -> None:
     """The table into docs/faults.md."""
     newest = {(row["fault"], row["stage"]): row for row in filled()}
-    now = code()
     lines = [f"| | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
     short = {
         "went on": "on",
@@ -162,13 +167,15 @@ def write() -> None:
                 row.append(f"{mark}{said} {cell['seconds']:.0f} s")
         lines.append(f"| {fault} | {' | '.join(row)} |")
     good = [cell for cell in newest.values() if not cell["wrong"]]
-    same = sum(cell["code"] == now for cell in newest.values())
+    last = max(newest.values(), key=lambda cell: cell["time"])["code"]
+    same = sum(cell["code"] == last for cell in newest.values())
     days = sorted({cell["time"][:10] for cell in newest.values()})
     machines = sorted({cell["machine"] for cell in newest.values()})
     total = len(FAULTS) * len(STAGES)
     about = (
         f"{len(newest)} of {total} cells are filled, {len(good)} of them with nothing wrong; "
-        f"{same} by the code as it is now. "
+        f"{same} by the newest code that was tried"
+        f"{'' if last == code() else ', which has changed since'}. "
         f"{', '.join(days)}; {'; '.join(machines)}."
     )
     wrong = [
@@ -218,7 +225,7 @@ def fill(folder: Path, plans: list[Plan], false_clock: bool) -> None:
         rig.start()
         expected = reference(rig, folder)
         for plan in plans:
-            while plan := [cell for cell in plan if cell not in filled_now()]:
+            while plan := to_fill(plan):
                 plan = chain(rig, folder, plan, expected)
                 write()
     finally:

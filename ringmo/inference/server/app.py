@@ -303,7 +303,7 @@ class Server:
     async def _refused(self, request: Request, label: str, refused: Refused) -> Response:
         self.measures.requests.labels(label, refused.status).inc()
         whole = await _linger(request)
-        return _error(refused.status, str(refused), close=not whole)
+        return refusal(refused.status, str(refused), close=not whole)
 
 
 def application(server: Server, token: str | None, host: str) -> Any:
@@ -420,11 +420,11 @@ def application(server: Server, token: str | None, host: str) -> Any:
 
     @app.exception_handler(HTTPException)
     async def of_routes(_: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, str(error.detail))
+        return refusal(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def of_queries(_: Request, error: RequestValidationError) -> Response:
-        return _error(422, str(error.errors()[0]["msg"]))
+        return refusal(422, str(error.errors()[0]["msg"]))
 
     return Guard(app, token, host)
 
@@ -457,7 +457,7 @@ class Guard:
         if self.names is not None:
             host = headers.get(b"host", b"").decode("latin-1")
             if host.rsplit(":", 1)[0].strip("[]") not in self.names:
-                return _error(
+                return refusal(
                     421,
                     "asked under another name: this server has no token, and answers as localhost",
                 )
@@ -465,7 +465,7 @@ class Guard:
             return None
         if hmac.compare_digest(headers.get(b"authorization", b""), self.token):
             return None
-        refused = _error(401, "Authorization: Bearer TOKEN is needed")
+        refused = refusal(401, "Authorization: Bearer TOKEN is needed")
         refused.headers["WWW-Authenticate"] = "Bearer"
         return refused
 
@@ -549,13 +549,13 @@ def _unknown(name: str, slots: Mapping[str, Slot]) -> Refused:
 
 def _state(good: bool, yes: str, no: str) -> Response:
     return (
-        _error(503, no)
+        refusal(503, no)
         if not good
         else Response(f'{{"status":"{yes}"}}', media_type="application/json")
     )
 
 
-def _error(status: int, text: str, *, close: bool = False) -> Response:
+def refusal(status: int, text: str, *, close: bool = False) -> Response:
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     if close:  # else the rest of a body would be read, and thrown away, for as long as it comes
         headers["Connection"] = "close"

@@ -1,24 +1,15 @@
 """Open connections: how many there may be, and how long one may be silent."""
 
 import asyncio
-import json
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ringmo.inference.server.app import refusal
+
 # Beside the files and sockets of the models, below the 1,024 that a process may commonly have open.
 CONNECTIONS = 500
-
-
-def _refusal(status: HTTPStatus, error: str, *headers: str) -> bytes:
-    body = json.dumps({"error": error, "status": status})
-    head = (
-        f"HTTP/1.1 {status:d} {status.phrase}",
-        *("Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}"),
-        *headers,
-    )
-    return ("\r\n".join(head) + "\r\n\r\n" + body).encode()
 
 
 def protocol(silence_s: float) -> type[H11Protocol]:
@@ -34,9 +25,7 @@ def protocol(silence_s: float) -> type[H11Protocol]:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(self.connections) > CONNECTIONS:
-                text = f"{CONNECTIONS} connections are open: try again"
-                transport.write(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, text, "Retry-After: 1"))
-                transport.close()
+                self._send_away(503, f"{CONNECTIONS} connections are open: try again")
             else:
                 self._wait()
 
@@ -61,8 +50,14 @@ def protocol(silence_s: float) -> type[H11Protocol]:
                 self._late = None
 
         def _close_late(self) -> None:
-            text = f"no whole request after {silence_s:g} s"
-            self.transport.write(_refusal(HTTPStatus.REQUEST_TIMEOUT, text))
+            self._send_away(408, f"no whole request after {silence_s:g} s")
+
+        def _send_away(self, status: int, text: str) -> None:
+            """No request is there that uvicorn could answer."""
+            answer = refusal(status, text, close=True)
+            lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
+            lines += [name + b": " + value for name, value in answer.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
             self.transport.close()
 
     return Connection
