@@ -92,9 +92,11 @@ def retrain(
     if (missed := turns.take(loaded, replace=loaded.schedule.overlap == "replace")) is not None:
         return missed
     run = str(flow_run.id or "")
-    with chain_lock.alone(place, run) as dead:
-        if dead:
-            watch.bury(dead, run)
+    with chain_lock.alone(place, run) as before:
+        if before.dead:
+            watch.bury(before.dead, run)
+        elif before.awaited == run and (end := watch.end_of(run)):
+            return end
         with watch.followed(run):
             try:
                 config.edit(place.params_file, settings.changes())

@@ -11,7 +11,7 @@ a restart and no process of ours has to live for it:
 - a run that a worker took and did not start within START_S is given to the next one.
 
 A run that was declared dead and was not (a machine that slept, a server that was away) holds the
-workspace's lock (`ringmo.chain_lock`): its second try waits for it, and then finds nothing to do.
+workspace's lock (`ringmo.chain_lock`): its second try waits for it, and ends as it did.
 """
 
 import os
@@ -149,6 +149,19 @@ def _again(why: str) -> ChangeFlowRunState:
     return ChangeFlowRunState(
         state=StateType.SCHEDULED, name="AwaitingRetry", message=why, force=False
     )
+
+
+def end_of(flow_run: str) -> State[Any] | None:
+    """How an earlier try of a run ended that counted as dead and was not; None where it failed, or
+    says nothing: it gives its end to the server just after it gives up the workspace's lock."""
+    limit = time.monotonic() + HEARD_S
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < limit:
+            state = client.read_flow_run(UUID(flow_run)).state
+            if state is not None and state.is_completed():
+                return Completed(name=state.name or "Completed", message=state.message)
+            time.sleep(0.5)
+    return None
 
 
 def bury(flow_run: str, this: str) -> None:

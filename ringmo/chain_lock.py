@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ringmo import console
 from ringmo.errors import Unreachable
@@ -25,14 +25,22 @@ POLL_S = 1.0
 STOPPED_S = 60.0  # that an earlier try of the same run may stand still before it counts as dead
 
 
+class Before(NamedTuple):
+    """What is known of the run before this one.
+
+    dead: its flow run, where it died without an end; it may be this very one, begun again.
+    awaited: the flow run for whose end this one waited, "" for none.
+    """
+
+    dead: str | None
+    awaited: str
+
+
 @contextlib.contextmanager
-def alone(workspace: Workspace, flow_run: str) -> Iterator[str | None]:
+def alone(workspace: Workspace, flow_run: str) -> Iterator[Before]:
     """Wait for whoever runs a chain here, and be the only one within the block.
 
     flow_run: Prefect's id of this run.
-
-    Yields:
-        The flow run of the one before, where it died without an end; it may be this very one.
 
     Raises:
         Unreachable: another run's process holds the lock and is stopped (Ctrl-Z), so that waiting
@@ -40,8 +48,7 @@ def alone(workspace: Workspace, flow_run: str) -> Iterator[str | None]:
     """
     workspace.state.mkdir(parents=True, exist_ok=True)
     with (workspace.state / "chain.lock").open("a+") as lock:
-        _wait(lock, flow_run)
-        before = _holder(lock).get("flow_run")
+        before = Before(awaited=_wait(lock, flow_run), dead=_holder(lock).get("flow_run"))
         me = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()}
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         _write(lock, json.dumps(me | {"flow_run": flow_run, "since": since}))
@@ -52,14 +59,17 @@ def alone(workspace: Workspace, flow_run: str) -> Iterator[str | None]:
             _write(lock, "")
 
 
-def _wait(lock: IO[str], flow_run: str) -> None:
-    told, stopped = False, time.monotonic()
+def _wait(lock: IO[str], flow_run: str) -> str:
+    """Returns the flow run of who held it last, "" where nobody did."""
+    told, stopped, awaited = False, time.monotonic(), ""
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return awaited
         except BlockingIOError:
             pass
         holder = _holder(lock)
+        awaited = holder.get("flow_run", awaited)
         if not told:
             told = True
             console.note(f"{_said(holder)} is at work in this workspace: waiting for its end")

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -427,9 +428,10 @@ def _init(arguments: Arguments) -> None:
     configuration.edited(template("params.yaml"), changes)  # before anything is made
     made = init(Path(arguments.dir))
     configuration.edit(made.params_file, changes)
+    there = "" if made.root == Path.cwd() else f"cd {shlex.quote(arguments.dir)} && "
     console.result(
         {"workspace": str(made.root)},
-        f"A workspace in {made.root}\nNext: cd {arguments.dir} && ringmo run --data FOLDER",
+        f"A workspace in {made.root}\nNext: {there}ringmo run --data FOLDER",
     )
 
 

@@ -71,9 +71,9 @@ def test_a_killed_chain_leaves_no_stage_and_the_next_begins_when_that_has_saved(
     chain.kill()
     with chain_lock.alone(Workspace(tmp_path), "second") as before:
         assert (tmp_path / "saved").exists() and not _stages(tmp_path)
-        assert before == "first"
+        assert before.dead == "first"
     with chain_lock.alone(Workspace(tmp_path), "third") as before:
-        assert before is None, "the second one ended by itself"
+        assert before.dead is None, "the second one ended by itself"
 
 
 def test_the_second_waits_and_says_for_whom(
@@ -86,8 +86,8 @@ def test_the_second_waits_and_says_for_whom(
         os.kill(chain.pid, signal.SIGKILL)
 
     monkeypatch.setattr(console, "note", note)
-    with chain_lock.alone(Workspace(tmp_path), "second"):
-        pass
+    with chain_lock.alone(Workspace(tmp_path), "second") as before:
+        assert before.awaited == "first"
     (line,) = said
     assert f"process {chain.pid} on " in line and "waiting for its end" in line
 
@@ -111,7 +111,7 @@ def test_an_earlier_try_of_the_same_run_that_stands_still_is_ended(
     monkeypatch.setattr(chain_lock, "STOPPED_S", 1.0)
     os.kill(chain.pid, signal.SIGSTOP)
     with chain_lock.alone(Workspace(tmp_path), "first") as before:
-        assert before == "first" and (tmp_path / "saved").exists()
+        assert before.dead == "first" and (tmp_path / "saved").exists()
     assert chain.wait(5) == -signal.SIGKILL
 
 
@@ -119,7 +119,7 @@ def test_a_file_cut_by_a_kill_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / ".ringmo").mkdir()
     (tmp_path / ".ringmo" / "chain.lock").write_text('{"pid": 1')
     with chain_lock.alone(Workspace(tmp_path), "first") as before:
-        assert before is None
+        assert before.dead is None and not before.awaited
         assert json.loads((tmp_path / ".ringmo" / "chain.lock").read_text())["pid"] == os.getpid()
 
 

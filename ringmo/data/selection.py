@@ -39,7 +39,8 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     the mean and std of the first's training tiles for sensors whose own are null.
 
     Raises:
-        BadInput: the manifest is missing or damaged, or no tile of a sensor can train.
+        BadInput: the manifest is missing or damaged, no tile of a sensor can train, or a task has
+            labels and none to train or to test with.
     """
     manifest = store.TileStore(workspace.store).manifest()
     mix = list(config.pretrain.mix)
@@ -99,6 +100,13 @@ def select(config: Config, workspace: Workspace, out: Path) -> Report:
     for row in report.tables["tasks"]:
         said = "{task}: {tiles} labelled tiles: {train} train, {val} val, {test} test".format(**row)
         console.note(f"select: {said}")
+        if row["tiles"] and not (row["train"] and row["test"]):
+            # Its evaluation would find that out, after hours of training.
+            raise BadInput(
+                f"{said}: one at least of train and of test is needed: ingest more labelled "
+                "imagery, set split.by to block for a few large scenes, or take "
+                f"{row['task']} out of `tasks`"
+            )
     if report.figures["other_tasks"]:
         more = ", ".join(report.figures["other_tasks"])
         console.note(f"select: there are labels for {more} too (`tasks` in params.yaml)")

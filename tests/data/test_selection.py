@@ -169,6 +169,22 @@ def test_no_tile_of_the_sensor_is_bad_input(run, choose, workspace, manifest, tm
         choose()
 
 
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_labels_that_nothing_could_test_or_train_are_refused_before_any_training(
+    run, choose, workspace, manifest, tmp_path, split
+):
+    from ringmo.data import store
+
+    run(class_folders(tmp_path / "in"))
+    tiles = manifest()
+    column, value = ("split", "val") if split == "test" else ("label", None)
+    tiles.loc[tiles["split"] == split, column] = value
+    store.write_table(workspace.store / store.MANIFEST, tiles, store.COLUMNS)
+    with pytest.raises(BadInput, match=rf"scene: \d+ labelled tiles: .*0 {split}") as error:
+        choose()
+    assert "\n" not in str(error.value) and "ingest more" in str(error.value)
+
+
 def normalisation(workspace: Any) -> Any:
     return json.loads((workspace.work("select") / "normalisation.json").read_text())
 

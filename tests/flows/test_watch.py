@@ -90,6 +90,40 @@ def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, tmp_path:
     assert limit["active_slots"] == 0
 
 
+END_OF = """
+import sys, threading, time
+from uuid import UUID
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.states import Completed, Failed, Running
+from flows import watch
+watch.HEARD_S = 3.0
+@flow
+def tried() -> None: ...
+with get_client(sync_client=True) as client:
+    for end in (Completed(name="Refused", message="it is worse"), Failed(message="no room")):
+        run = client.create_flow_run(tried, state=Running())
+        late = threading.Timer(1, client.set_flow_run_state, (run.id, end))
+        late.start()
+        found = watch.end_of(str(run.id))
+        late.join()
+        print(found and (found.type.value, found.name, found.message))
+"""
+
+
+def test_a_second_try_that_waited_for_the_first_ends_as_it_did(place: Workspace) -> None:
+    """The first was taken for dead; its end reaches the server just after the workspace is free."""
+    done = subprocess.run(
+        [sys.executable, "-c", END_OF],
+        env=services.environment(place),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["('COMPLETED', 'Refused', 'it is worse')", "None"]
+
+
 UNHEARD = """
 import sys
 from pathlib import Path
