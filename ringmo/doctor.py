@@ -21,16 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import ringmo
-from ringmo import console, environment
+from ringmo import clocks, console, environment
 from ringmo.config import WHOLE, Config, flatten, read_yaml
 from ringmo.errors import BadInput, RingmoError
 from ringmo.stage import REVISIONS
@@ -488,21 +486,7 @@ def _server(
 
 
 def _asked(url: str, login: str | None = None) -> tuple[int | None, float | None]:
-    """Status, and by how many seconds its clock is ahead of ours; None where nobody answers."""
-    before = time.time()
-    try:
-        with urlopen(_request(url, login), timeout=ANSWER_S) as answer:
-            status, date = answer.status, answer.headers.get("Date")
-    except HTTPError as error:
-        status, date = error.code, error.headers.get("Date")
-    except (OSError, ValueError):
-        return None, None
-    after = time.time()
-    if not date:
-        return status, None
-    there = parsedate_to_datetime(date).timestamp()
-    # The header has whole seconds: somewhere from `there` to `there` + 1.
-    return status, there - after if there > after else min(0.0, there + 1 - before)
+    return clocks.asked(_request(url, login))
 
 
 def _text(url: str, login: str | None) -> str:
@@ -526,8 +510,7 @@ def _clock(what: str, url: str, skew: float | None) -> Iterator[Finding]:
     if skew is None or abs(skew) <= SKEW_NOTE_S:
         return
     state = PROBLEM if abs(skew) > SKEW_PROBLEM_S else NOTE
-    where = "ahead of" if skew > 0 else "behind"
-    said = f"the clock of {url} is {abs(skew):.0f} s {where} this machine's"
+    said = f"the clock of {url} is {clocks.said(skew)}"
     yield Finding(f"{what}: clock", state, said, "let NTP set both (timedatectl set-ntp true)")
 
 

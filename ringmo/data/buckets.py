@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from ringmo import clocks
 from ringmo.errors import BadInput, RingmoError, Unreachable
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
@@ -200,7 +201,11 @@ class Bucket:
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise BadInput(f"{where}: no credentials: set {credentials}") from error
         except ClientError as error:
-            code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+            code, answer = _code(error), error.response["ResponseMetadata"]
+            status, date = answer["HTTPStatusCode"], answer.get("HTTPHeaders", {}).get("date")
+            ahead_s = clocks.ahead_s(date, time.time(), time.time())
+            if status in (400, 403) and (reason := clocks.why_refused(ahead_s)):
+                raise Unreachable(f"{where}: {reason}") from error
             if code in REFUSED:
                 raise BadInput(f"{where}: refused ({code}): look at {credentials}") from error
             if code == "NoSuchBucket":

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ringmo import clocks
 from ringmo.config import Config, read_yaml
 from ringmo.data import class_facts, store
 from ringmo.errors import BadInput, Unreachable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 REMOTE = "main"
+AMAZON = "https://s3.amazonaws.com"
 ANEW = "all imagery is taken in"  # why a stage runs although DVC sees no change
 CLEANED = "cleaned-data.json"  # in .ringmo: data version → the day on which it was removed
 # Seconds until a store counts as not answering. By itself DVC waits for minutes for a connection,
@@ -418,8 +420,7 @@ def push(workspace: Workspace, config: Config) -> None:
         Unreachable: the remote does not answer.
         BadInput: it refuses.
     """
-    _set_remote(workspace, config)
-    _dvc(workspace, "push", "--no-run-cache", "--remote", REMOTE)
+    _transfer(workspace, config, "push")
 
 
 def pull(workspace: Workspace, config: Config) -> None:
@@ -428,9 +429,7 @@ def pull(workspace: Workspace, config: Config) -> None:
     Raises:
         Unreachable, BadInput: as in `push`.
     """
-    _set_remote(workspace, config)
-    arguments = ("pull", "--no-run-cache", "--allow-missing", "--force")
-    _dvc(workspace, *arguments, "--remote", REMOTE)
+    _transfer(workspace, config, "pull", "--allow-missing", "--force")
 
 
 def fetch(workspace: Workspace, config: Config, of: Workspace, what: str) -> None:
@@ -446,8 +445,22 @@ def fetch(workspace: Workspace, config: Config, of: Workspace, what: str) -> Non
             raise BadInput(f"there is no remote at {folder}")
         remote = config.versioning.model_copy(update={"remote": str(folder)})
         config = config.model_copy(update={"versioning": remote})
+    _transfer(workspace, config, "fetch", what)
+
+
+def _transfer(workspace: Workspace, config: Config, verb: str, *arguments: str) -> None:
     _set_remote(workspace, config)
-    _dvc(workspace, "fetch", "--no-run-cache", "--remote", REMOTE, what)
+    try:
+        _dvc(workspace, verb, "--no-run-cache", "--remote", REMOTE, *arguments)
+    except BadInput as error:
+        # An answer to HEAD has no room for the reason, so that DVC cannot tell it.
+        if not config.versioning.remote.startswith("s3://"):
+            raise
+        url = config.versioning.endpoint or os.environ.get("AWS_ENDPOINT_URL") or AMAZON
+        reason = clocks.why_refused(clocks.asked(url)[1])
+        if reason is None:
+            raise
+        raise Unreachable(f"dvc {verb}: {url}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """DVC's door: versions follow the store, the graph is dvc.yaml's, remotes give back the bytes."""
 
 import json
+import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 from typing import Any
 
 import pytest
+from false_clock import FalseClock
 from small_imagery import class_folders, tree
 
 from ringmo import config as params
@@ -172,6 +176,54 @@ def test_remote_that_does_not_answer_is_unreachable(run, workspace, tmp_path, mo
     with silent, pytest.raises(Unreachable) as error:
         versions.push(workspace, config(workspace))
     assert "\n" not in str(error.value)
+
+
+PUSH_AND_LIST = """
+import sys
+from ringmo.config import Config
+from ringmo.data import versions
+from ringmo.data.buckets import Bucket
+from ringmo.errors import Unreachable
+from ringmo.workspace import Workspace
+place = Workspace.find(sys.argv[1])
+config = Config.load(place.params_file)
+there = Bucket(config.versioning.remote, config.versioning.endpoint)
+for ask in (lambda: versions.push(place, config), lambda: list(there.objects())):
+    try:
+        ask()
+    except Unreachable as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_clock_that_s3_refuses_is_named_and_worth_another_try(run, workspace, tmp_path, s3):
+    """A real server refuses what is signed at another time, and says not why where DVC asks."""
+    run(class_folders(tmp_path / "in", each=5))
+    versions.add_store(workspace, config(workspace))
+    remote = {"versioning.remote": "s3://bucket/clock", "versioning.endpoint": s3}
+    params.edit(workspace.params_file, remote)
+    clock = FalseClock(tmp_path)
+
+    def said() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH_AND_LIST, str(workspace.root)],
+            env=os.environ | clock.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    for ahead_s, where in ((7200, "behind"), (-7200, "ahead of")):
+        clock.set(ahead_s)
+        refused = said()
+        assert len(refused) == 2
+        for line in refused:
+            assert re.search(rf"its clock is 7\d\d\d s {where} this machine's", line)
+    clock.set(0)
+    assert said() == []
 
 
 def test_what_two_versions_differ_in(run, workspace, tmp_path):

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from false_clock import FalseClock
 from servers import S3, MLflow, Postgres, free_port, wait_until
 
 from ringmo.environment import quiet_telemetry
@@ -35,7 +35,7 @@ class Rig:
     def __init__(self, folder: Path, false_clock: bool = False) -> None:
         self.folder = folder
         self.false_clock = false_clock
-        self._clock = folder / "clock"
+        self._clock: FalseClock | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.postgres, self.s3 = Postgres(), S3(folder / "s3")
         self.port = free_port()
@@ -132,8 +132,8 @@ class Rig:
 
     def set_clock(self, ahead_s: int) -> None:
         """By so much the worker's machine is ahead from now on."""
-        with self._clock.open("r+b") as file:  # mapped by those who read it: never shorter
-            file.write(struct.pack("=q", ahead_s))
+        assert self._clock, "begun without `false_clock`"
+        self._clock.set(ahead_s)
 
     # What Prefect's server says
 
@@ -188,13 +188,8 @@ class Rig:
     def _start_worker(self) -> None:
         false = {}
         if self.false_clock:
-            library = self.folder / "clock.so"
-            if not library.exists():
-                source = Path(__file__).with_name("clock.c")
-                command = ["cc", "-shared", "-fPIC", "-O2", str(source), "-o", str(library), "-ldl"]
-                subprocess.run(command, check=True)
-                self._clock.write_bytes(bytes(8))
-            false = {"LD_PRELOAD": str(library), "RINGMO_TEST_CLOCK": str(self._clock)}
+            self._clock = self._clock or FalseClock(self.folder)
+            false = self._clock.environment
         self._start(
             "worker",
             ["prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"],

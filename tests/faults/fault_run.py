@@ -39,7 +39,7 @@ KILLS = tuple(f"kill {name}" for name in (*OURS, *SERVICES, "machine"))
 PAUSES = tuple(f"pause {name}" for name in (*OURS, *SERVICES))
 # No byte is left where the workspace lies; once the run has ended there is room, and one begins.
 FULL = "full disk"
-# Of the worker's machine: it is wrong until the next stage, and then right again.
+# Of the worker's machine: it is wrong until the next stage, or for a minute, and then right again.
 CLOCKS = {"clock 2 h ahead": 7200, "clock 2 h back": -7200}
 FAULTS = (*KILLS, *PAUSES, FULL, *CLOCKS)
 PAUSE_S = 60.0
@@ -198,8 +198,10 @@ class Run:
     def _misled(self, cell: Cell, pid: int) -> Cell:
         began, flow = time.time(), self.flow()
         self.rig.set_clock(CLOCKS[cell.fault])
-        self._passed(cell.stage, began)
+        with contextlib.suppress(TimeoutError):
+            self._passed(cell.stage, began, PAUSE_S)
         self.rig.set_clock(0)
+        self._passed(cell.stage, began)
         cell.seconds = round(time.time() - began, 1)
         later = {p for when, name, p in self.seen if when > began and name in ("flow", cell.stage)}
         cell.outcome = "went on" if later <= {pid, flow} else "begun again"
@@ -279,7 +281,7 @@ class Run:
 
         return int(wait_until(begun, f"{stage} to run", 1200))
 
-    def _passed(self, stage: str, since: float) -> None:
+    def _passed(self, stage: str, since: float, limit_s: float = 1200) -> None:
         """Until a later stage began, or the run ended."""
         after = STAGES[STAGES.index(stage) + 1 :]
 
@@ -288,7 +290,7 @@ class Run:
                 self._ended()
             )
 
-        wait_until(passed, f"what comes after {stage}", 1200)
+        wait_until(passed, f"what comes after {stage}", limit_s)
 
     def _ended(self) -> bool:
         """For good: one that crashed is begun again a while later, TRIES times in all."""

@@ -1,6 +1,6 @@
 /* The clock of one machine, as processes that load this before the C library see it.
  *
- *     cc -shared -fPIC -O2 clock.c -o clock.so -ldl
+ *     cc -shared -fPIC -O2 false_clock.c -o clock.so -ldl
  *     LD_PRELOAD=clock.so RINGMO_TEST_CLOCK=FILE program
  *
  * FILE holds eight bytes, by how many seconds the time of day is ahead (an int64 of this machine's
