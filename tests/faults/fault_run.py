@@ -346,7 +346,7 @@ class Run:
         said += self._wrong_in_mlflow()
         said += self._done_twice()
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not self.processes(), "processes to end", 10)
+            wait_until(lambda: not self.processes(), "processes to end", 60)
         said += [f"left running: {what}" for what in self.processes().values()]
         for name, command in (
             ("lineage", ["ringmo", "lineage", "scene@champion", "--verify", "--deep"]),

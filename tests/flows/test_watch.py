@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prefect_api import api
@@ -52,22 +54,65 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         services.down(made)
 
 
-def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, tmp_path: Path) -> None:
-    """Which only the missing heartbeat tells; its flow alone: tests/faults."""
+@pytest.fixture(scope="module")
+def deployment(place: Workspace) -> str:
+    """Of the sleeping flow, and the automations, whose patience is a part of what it is."""
+    (place.root / "marks").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", DEPLOY, str(tmp_path)],
+        [sys.executable, "-c", DEPLOY, str(place.root / "marks")],
         env=services.environment(place),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    deployment = done.stdout.split()[-1]
+    return done.stdout.split()[-1]
+
+
+def test_a_clock_far_from_the_server_s_makes_no_run_look_dead_and_none_alive(
+    place: Workspace, deployment: str
+) -> None:
+    """What a flow says of itself is of its own machine's time."""
+    related = {
+        "prefect.resource.id": "prefect.flow.x",
+        "prefect.resource.role": "flow",
+        "prefect.resource.name": "retrain",
+    }
+    flow = api(place, "flows/", {"name": "retrain"})["id"]
+    runs = {}
+    for hours in (-2, 2):
+        body = {"flow_id": flow, "state": {"type": "RUNNING"}}
+        runs[hours] = run = api(place, "flow_runs/", body)["id"]
+        for apart in (0, hours):
+            alive = {
+                "id": str(uuid4()),
+                "event": "prefect.flow-run.heartbeat",
+                "occurred": (datetime.now(UTC) + timedelta(hours=apart)).isoformat(),
+                "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+                "related": [related],
+                "payload": {},
+            }
+            api(place, "events", [alive])
+            time.sleep(2)
+
+    def states() -> dict[int, str]:
+        return {h: api(place, f"flow_runs/{run}")["state"]["name"] for h, run in runs.items()}
+
+    told = time.monotonic()
+    while time.monotonic() - told < 30:  # of its patience of 45
+        assert states() == {-2: "Running", 2: "Running"}
+        time.sleep(1)
+    wait_until(lambda: set(states().values()) == {"Crashed"}, lambda: str(states()), 90)
+
+
+def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, deployment: str) -> None:
+    """Which only the missing heartbeat tells; its flow alone: tests/faults."""
+    marks = place.root / "marks"
     names = [one["name"] for one in api(place, "automations/filter", {})]
     assert len([name for name in names if name.startswith("ringmo: ")]) == len(set(names)) == 4
     run = api(place, f"deployments/{deployment}/create_flow_run", {})["id"]
-    first = wait_until((tmp_path / "began-0").exists, "the flow to begin")
-    first = int((tmp_path / "began-0").read_text())
+    first = wait_until((marks / "began-0").exists, "the flow to begin")
+    first = int((marks / "began-0").read_text())
 
     def states() -> list[str]:
         found = api(place, "flow_run_states/?flow_run_id=" + run, None)
@@ -80,10 +125,10 @@ def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, tmp_path:
     with contextlib.suppress(ProcessLookupError):
         os.kill(first, signal.SIGKILL)
     services.up(Config.load(place.params_file), place, worker=True)
-    wait_until((tmp_path / "began-1").exists, f"a second try: {states()}")
+    wait_until((marks / "began-1").exists, f"a second try: {states()}")
     wait_until(lambda: states()[-1] == "Completed", f"its end: {states()}")
     assert states().count("Running") == 2 and "Crashed" in states() and "AwaitingRetry" in states()
-    assert not (tmp_path / "began-2").exists()
+    assert not (marks / "began-2").exists()
     (limit,) = [
         one for one in api(place, "v2/concurrency_limits/filter", {}) if deployment in one["name"]
     ]
