@@ -27,9 +27,10 @@ RESULTS = Path(__file__).with_name("cells.jsonl")
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- the table: written by `make faults` -->", "<!-- end of the table -->"
 Plan = list[tuple[str, str]]  # faults and their stages, in the stages' order
-# Once in a chain: a run is begun again twice at most, and after two pauses with a moment between
-# them the flow counts as dead.
+# Once in a chain: a run is begun again twice at most.
 ENDS_RUN = ("kill flow", "kill machine", "pause flow")
+# After two such pauses with a moment between them the flow counts as dead.
+SILENT = ("pause flow", "pause prefect", "pause postgres")
 
 
 def code() -> str:
@@ -136,8 +137,10 @@ def chains(todo: dict[str, list[str]], alone: bool) -> list[Plan]:
     while any(left.values()):
         plan: Plan = []
         for stage in stages:
-            had = {fault for fault, _ in plan if fault in ENDS_RUN}
-            fault = next((f for f in left[stage] if f not in had), None)
+            not_now = {fault for fault, _ in plan if fault in ENDS_RUN}
+            if plan and plan[-1][0] in SILENT:
+                not_now |= {*SILENT}
+            fault = next((f for f in left[stage] if f not in not_now), None)
             if fault is not None:
                 left[stage].remove(fault)
                 plan.append((fault, stage))
