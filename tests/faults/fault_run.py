@@ -166,12 +166,16 @@ class Run:
             self.rig.begin_again("worker")
         elif whom in SERVICES:
             self.rig.begin_again(whom)
-        self._passed(stage, began)
+        return self._passed_by(cell, began, flow, pid)
+
+    def _passed_by(self, cell: Cell, began: float, flow: int, pid: int) -> Cell:
+        """What has become of it, once a later stage begins."""
+        self._passed(cell.stage, began)
         cell.seconds = round(time.time() - began, 1)
         later = {(name, p) for when, name, p in self.seen if when > began}
         if any(name == "flow" and p != flow for name, p in later):
             cell.outcome = "the run was begun again"
-        elif any(name == stage and p != pid for name, p in later):
+        elif any(name == cell.stage and p != pid for name, p in later):
             cell.outcome = "the stage was tried again"
         else:
             cell.outcome = "went on"
@@ -201,11 +205,7 @@ class Run:
         with contextlib.suppress(TimeoutError):
             self._passed(cell.stage, began, PAUSE_S)
         self.rig.set_clock(0)
-        self._passed(cell.stage, began)
-        cell.seconds = round(time.time() - began, 1)
-        later = {p for when, name, p in self.seen if when > began and name in ("flow", cell.stage)}
-        cell.outcome = "went on" if later <= {pid, flow} else "begun again"
-        return cell
+        return self._passed_by(cell, began, flow, pid)
 
     def wait(self, limit_s: float = 3600) -> dict[str, Any]:
         """The run's last state, when it has one from which it is not begun again."""
