@@ -244,7 +244,7 @@ class Run:
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
                 inside = root in words or str((folder / "cwd").readlink()) == root
                 if inside and words:
-                    found[int(folder.name)] = _stage(words) or " ".join(words)
+                    found[int(folder.name)] = _stage(words) or _shown(words)
             except OSError:
                 continue
         return found
@@ -454,6 +454,11 @@ def _stage(words: list[str]) -> str | None:
     if verb in ("evaluate", "register", "promote") and rest:
         return f"{verb}@{rest[0].partition('/')[0]}"
     return None
+
+
+def _shown(words: list[str]) -> str:
+    """A command line without the folder that its program lies in."""
+    return " ".join([Path(words[0]).name, *words[1:]])
 
 
 def _group_of(pid: int) -> int | None:
