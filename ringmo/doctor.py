@@ -36,7 +36,6 @@ from ringmo.workspace import MADE_BY, Workspace, template
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 LIMIT_S = 15.0  # of a check; importing MLflow on a cold disk takes half of it
-ANSWER_S = 5.0  # of a server
 SKEW_NOTE_S, SKEW_PROBLEM_S = 2.0, 60.0  # S3 refuses at 15 minutes, heartbeats are 30 s apart
 FRESH_RUN_BYTES = 3e9  # what a first run may write: no run has told yet
 FREE_INODES = 10_000
@@ -491,7 +490,7 @@ def _asked(url: str, login: str | None = None) -> tuple[int | None, float | None
 
 def _text(url: str, login: str | None) -> str:
     try:
-        with urlopen(_request(url, login), timeout=ANSWER_S) as answer:
+        with urlopen(_request(url, login), timeout=clocks.ANSWER_S) as answer:
             return str(answer.read(200).decode(errors="replace"))
     except (OSError, ValueError):
         return ""
@@ -525,7 +524,7 @@ def _database(uri: str) -> Iterator[Finding]:
             yield Finding("MLflow", PROBLEM, f"{file} cannot be written", "MLFLOW_TRACKING_URI")
         return
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 5432), ANSWER_S):
+        with socket.create_connection((parts.hostname or "", parts.port or 5432), clocks.ANSWER_S):
             yield Finding("MLflow", OK, f"{shown} answers")
     except OSError as error:
         todo = "is it up, is MLFLOW_TRACKING_URI right?"
