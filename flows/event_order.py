@@ -23,7 +23,7 @@ from prefect.server.events.schemas.events import ReceivedEvent
 
 # No setting of Prefect's has it: its module does.
 memory.PRECEDING_EVENT_LOOKBACK = timedelta(seconds=30)  # type: ignore[attr-defined]
-# Less than two signs of life may be late (`watch.SILENCE_S`), more than one is on its way.
+# More than an event is commonly on its way, less than the silence of the dead (`watch.SILENCE_S`).
 APART = timedelta(seconds=60)
 
 

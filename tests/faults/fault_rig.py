@@ -29,14 +29,13 @@ class Rig:
     """Everything that a chain needs but its workspace.
 
     folder: logs and what the servers keep. false_clock: the worker, and all it starts, can be told
-    a wrong time (`set_clock`); needs a C compiler.
+    a wrong time by its `clock`; needs a C compiler.
     """
 
     def __init__(self, folder: Path, false_clock: bool = False) -> None:
         self.folder = folder
-        self.false_clock = false_clock
-        self._clock: FalseClock | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        self.clock = FalseClock(folder) if false_clock else None
         self.postgres, self.s3 = Postgres(), S3(folder / "s3")
         self.port = free_port()
         self.prefect_url = f"http://127.0.0.1:{self.port}/api"
@@ -130,11 +129,6 @@ class Rig:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def set_clock(self, ahead_s: int) -> None:
-        """By so much the worker's machine is ahead from now on."""
-        assert self._clock, "begun without `false_clock`"
-        self._clock.set(ahead_s)
-
     # What Prefect's server says
 
     def api(self, path: str, body: Any = None) -> Any:
@@ -186,10 +180,7 @@ class Rig:
         )
 
     def _start_worker(self) -> None:
-        false = {}
-        if self.false_clock:
-            self._clock = self._clock or FalseClock(self.folder)
-            false = self._clock.environment
+        false = self.clock.environment if self.clock else {}
         self._start(
             "worker",
             ["prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"],
