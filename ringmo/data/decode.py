@@ -202,6 +202,8 @@ def _gdal(data: bytes, driver: str) -> Pixels:
 def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | None]:
     """Bands of an open rasterio dataset as they are, (H, W, C), and where they lack data.
 
+    In memory colours of 8 bits lie pixel by pixel, all else band by band.
+
     Args:
         window: ((row, end), (col, end)); None: all of it.
 
@@ -215,7 +217,11 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     (top, bottom), (left, right) = window or ((0, scene.height), (0, scene.width))
     # numpy has no complex integers. GDAL writes the bands where they belong: no second copy.
     dtype = "complex64" if scene.dtypes[0] == "complex_int16" else scene.dtypes[0]
-    raw: Pixels = np.empty((bottom - top, right - left, len(bands)), dtype)
+    shape = bottom - top, right - left, len(bands)
+    raw: Pixels = np.empty(shape, dtype)
+    if raw.dtype != np.uint8:
+        # Each band in one piece: what is done with many bands is done band by band.
+        raw = np.empty((shape[2], *shape[:2]), dtype).transpose(1, 2, 0)
     scene.read(bands, window=window, out=raw.transpose(2, 0, 1))
     if raw.dtype == np.uint8:
         if bands == [1, 1, 1]:
@@ -224,7 +230,7 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
                 colours[number] = colour[:3]
             raw = colours[raw[..., 0]]
         return raw, None
-    gaps: NDArray[np.bool_] = np.zeros(raw.shape, np.bool_)
+    gaps: NDArray[np.bool_] = np.zeros_like(raw, np.bool_)
     flags = [scene.mask_flag_enums[band - 1] for band in bands]
     if raw.dtype.kind == "c" and all(MaskFlags.nodata in one for one in flags):
         # GDAL looks at the real part alone, which is often 0 where there is a signal.

@@ -79,7 +79,7 @@ def encoded(heights: Heights, tags: "Tags") -> bytes:
     from ringmo.data import geotiff
 
     strip = geotiff.Strip(heights[..., None], tags | geotiff.nodata_tag(np.nan))
-    return geotiff.encoded([strip])[0]
+    return geotiff.encoded(strip)
 
 
 def decoded(data: bytes) -> Heights:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ SAME_GSD = 0.01  # a ground sampling distance this near the wanted one, of it, i
 # a whole. An image without random access is decoded from its top for every group.
 READ_BYTES, GROUP_BYTES, STRIP_GROUP_BYTES = 16e6, 64e6, 192e6
 MAX_BLOCK_BYTES = 256e6
-BATCH_BYTES = 8e6  # of tiles that are compressed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Look:
 
     sensor: str
     tile: Tile | None  # the whole image as its one tile; None where it is cut
-    windows: list[Window]  # in rows from the top left; empty where there is a tile
+    windows: list[Window]  # in the order in which they are read; empty where there is a tile
     groups: list[tuple[int, int]]  # windows [first, last) that are read together, in order
     size: tuple[int, int]  # the source's height and width, its own pixels
 
@@ -188,8 +188,7 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
                 tile = _whole(scene, Window(0, 0, height, width, scale))
                 return Look(name, tile, [], [], (scene.height, scene.width))
             windows = _windows(height, width, ingest, scale)
-            groups = _groups(windows, scene.layout, scene.layout.group_bytes)
-            return Look(name, None, windows, groups, (scene.height, scene.width))
+            return Look(name, None, *_parted(windows, scene.layout), (scene.height, scene.width))
     width, height, bands, dtype = _header(path)
     pixel_bytes = bands * np.dtype(dtype).itemsize
     _refuse_bomb(path, width * height * pixel_bytes)
@@ -201,7 +200,7 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
         return Look(name, tile, [], [], (height, width))
     windows = _windows(height, width, ingest, 1.0)
     layout = Layout(height, width, 1, width, pixel_bytes)
-    return Look(name, None, windows, _groups(windows, layout, layout.group_bytes), (height, width))
+    return Look(name, None, *_parted(windows, layout), (height, width))
 
 
 def cut(path: Path, windows: Sequence[Window], max_nodata_share: float) -> Iterator[Tile | None]:
@@ -383,6 +382,61 @@ def _starts(length: int, size: int, stride: int) -> list[int]:
     if starts[-1] + max(size, stride) < length:
         starts.append(length - size)
     return starts
+
+
+def _parted(
+    windows: Sequence[Window], layout: Layout
+) -> tuple[list[Window], list[tuple[int, int]]]:
+    """Windows in the order in which they are read, and which [first, last) are read together."""
+    ordered: list[Window] = []
+    groups = []
+    for part in _fields(windows, layout):
+        before = len(ordered)
+        ends = _groups(part, layout, layout.group_bytes)
+        groups += [(before + first, before + last) for first, last in ends]
+        ordered += part
+    return ordered, groups
+
+
+def _fields(windows: Sequence[Window], layout: Layout) -> Iterator[Sequence[Window]]:
+    """All windows as they are; where not even one row of blocks can be read in one go, squares of
+    them, of whole blocks if they can be: else each block would be decoded for every row of windows
+    that it reaches into.
+    """
+    limit = layout.group_bytes / layout.pixel_bytes
+    if layout.in_strips or layout.block_height * layout.width <= limit:
+        yield windows
+        return
+    first = windows[0]
+    # Enlarged ones take more memory than what is read for them.
+    side = math.sqrt(limit) * min(first.scale, 1.0)
+    rows = [list(row) for _, row in groupby(windows, key=attrgetter("row"))]
+    down, across = [row[0].row for row in rows], [window.col for window in rows[0]]
+    for top, bottom in _runs(down, first.height, first.scale, side, layout.block_height):
+        for left, right in _runs(across, first.width, first.scale, side, layout.block_width):
+            yield [window for row in rows[top:bottom] for window in row[left:right]]
+
+
+def _runs(
+    starts: Sequence[int], size: int, scale: float, most: float, block: int
+) -> Iterator[tuple[int, int]]:
+    """Windows [first, last) along one side that reach over `most` pixels of the source together.
+
+    One at least, and rather fewer where the next then begins with a block.
+    """
+    first = 0
+    while first < len(starts):
+        last = first + 1
+        while last < len(starts) and (starts[last] + size - starts[first]) * scale <= most:
+            last += 1
+        whole = next((i for i in range(last, first, -1) if _at_edge(starts, i, scale, block)), 0)
+        last = whole if 2 * (whole - first) > last - first else last
+        yield first, last
+        first = last
+
+
+def _at_edge(starts: Sequence[int], number: int, scale: float, block: int) -> bool:
+    return number == len(starts) or starts[number] * scale % block < 1e-6
 
 
 def _groups(windows: Sequence[Window], layout: Layout, limit: float) -> list[tuple[int, int]]:
@@ -593,7 +647,7 @@ def _whole(scene: OpenScene, window: Window) -> Tile:
     if scene.path.stat().st_size <= 1.5 * part.raw.nbytes + 65_536:
         tile.data = scene.path.read_bytes()
     else:
-        _encode(scene, [(tile, part)])
+        tile.data = _encoded(scene, tile, part)
     return tile
 
 
@@ -614,27 +668,14 @@ def _cut(
     for first, last in _groups(windows, scene.layout, scene.layout.read_bytes):
         near = windows[first:last]
         parts = _parts(scene, near) if near[0].scale == 1 else _resampled(scene, near)
-        batch: list[tuple[Tile, _Part] | None] = []
-        size = 0
         for window, part in zip(near, parts, strict=True):
             valid = part.valid
             if valid is not None and 1 - valid.mean() > max_nodata_share:
-                batch.append(None)
+                yield None
                 continue
-            batch.append((_tile(scene, window, part), part))
-            size += part.raw.nbytes
-            if size >= BATCH_BYTES:
-                yield from _finished(scene, batch)
-                batch, size = [], 0
-        yield from _finished(scene, batch)
-
-
-def _finished(
-    scene: OpenScene, batch: Sequence[tuple[Tile, _Part] | None]
-) -> Iterator[Tile | None]:
-    _encode(scene, [pair for pair in batch if pair is not None])
-    for pair in batch:
-        yield None if pair is None else pair[0]
+            tile = _tile(scene, window, part)
+            tile.data = _encoded(scene, tile, part)
+            yield tile
 
 
 def _parts(scene: OpenScene, windows: Sequence[Window]) -> Iterator[_Part]:
@@ -643,7 +684,7 @@ def _parts(scene: OpenScene, windows: Sequence[Window]) -> Iterator[_Part]:
     box = scene.read(*_around(spans))
     for rows, cols in spans:
         part = box.at(rows, cols)
-        part.raw = np.ascontiguousarray(part.raw)
+        part.raw = part.raw.copy(order="K")
         yield part
 
 
@@ -704,40 +745,28 @@ def _stacked(parts: list[_Part]) -> _Part:
     return _Part(np.concatenate([part.raw for part in parts]), gaps, mask)
 
 
-def _encode(scene: OpenScene, batch: Sequence[tuple[Tile, _Part]]) -> None:
-    """Lossless one-tile GeoTIFFs of the scene's own values, into the tiles.
+def _encoded(scene: OpenScene, tile: Tile, part: _Part) -> bytes:
+    """A lossless one-tile GeoTIFF of the scene's own values.
 
     Where data is missing without a nodata value to say so, with alpha; of more than 8 bits, which
     GDAL does not read as one, with a mask.
     """
-    todo: list[tuple[Tile, geotiff.Strip]] = []
-    for tile, part in batch:
-        window, nodata = tile.window, scene.nodata_at(tile.window.scale)
-        tags = geotiff.nodata_tag(nodata)
-        if scene.crs is not None:
-            tags |= geotiff.placed(scene.located(window)[0], scene.geo_keys)
-        if scene.stored and window.scale == 1 and (tile.valid is None or scene.says_gaps):
-            corners = (window.row, window.col, window.height, window.width)
-            data = scene.stored.tile(*corners, tags)
-            if data is not None:
-                tile.data = data
-                continue
-        unsaid = tile.valid is not None and nodata is None
-        alpha = unsaid and part.raw.dtype == np.uint8
-        raw = part.raw
-        if alpha and tile.valid is not None:
-            raw = np.dstack([raw, tile.valid.astype(np.uint8) * 255])
-        mask = tile.valid if unsaid and not alpha else None
-        todo.append((tile, geotiff.Strip(raw, tags, alpha, mask)))
-
-    def alike(pair: tuple[Tile, geotiff.Strip]) -> Any:
-        return pair[1].pixels.shape
-
-    for _, pairs in groupby(sorted(todo, key=alike), key=alike):
-        same = list(pairs)
-        files = geotiff.encoded([strip for _, strip in same])
-        for (tile, _), data in zip(same, files, strict=True):
-            tile.data = data
+    window, nodata = tile.window, scene.nodata_at(tile.window.scale)
+    tags = geotiff.nodata_tag(nodata)
+    if scene.crs is not None:
+        tags |= geotiff.placed(scene.located(window)[0], scene.geo_keys)
+    if scene.stored and window.scale == 1 and (tile.valid is None or scene.says_gaps):
+        corners = (window.row, window.col, window.height, window.width)
+        data = scene.stored.tile(*corners, tags)
+        if data is not None:
+            return data
+    unsaid = tile.valid is not None and nodata is None
+    alpha = unsaid and part.raw.dtype == np.uint8
+    raw = part.raw
+    if alpha and tile.valid is not None:
+        raw = np.dstack([raw, tile.valid.astype(np.uint8) * 255])
+    mask = tile.valid if unsaid and not alpha else None
+    return geotiff.encoded(geotiff.Strip(raw, tags, alpha, mask))
 
 
 def reason(error: BaseException, path: Path) -> str:

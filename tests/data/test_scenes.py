@@ -102,31 +102,50 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("stride", "scale"), [(None, 1.0), (100, 1.0), (None, 2.5), (None, 0.5)])
-def test_groups_are_rows_or_parts_of_one_in_order_and_bounded(layout, stride, scale):
+def test_groups_are_rows_or_parts_of_them_in_order_and_bounded(layout, stride, scale):
     height, width = int(layout.height / scale), int(layout.width / scale)
-    windows = scenes._windows(height, width, settings(tile_size=256, stride=stride), scale)
-    groups = scenes._groups(windows, layout, layout.group_bytes)
+    grid = scenes._windows(height, width, settings(tile_size=256, stride=stride), scale)
+    windows, groups = scenes._parted(grid, layout)
+    assert sorted(windows, key=lambda w: (w.row, w.col)) == grid
     assert [a for a, _ in groups] == [0, *(b for _, b in groups[:-1])]
     assert groups[-1][1] == len(windows)
+    in_rows = layout.in_strips or 512 * layout.width * layout.pixel_bytes < 64e6
+    assert not in_rows or windows == grid
     ends = {windows[-1].col}
     for first, last in groups:
         part = windows[first:last]
         rows = {w.row for w in part}
-        # Several rows are whole ones.
-        assert len(rows) == 1 or (part[0].col == 0 and part[-1].col in ends)
+        cols = {w.col for w in part}
+        assert len(part) == len(rows) * len(cols) or len(rows) == 1
+        # Several rows of a scene that is read by rows are whole ones.
+        assert not in_rows or len(rows) == 1 or (part[0].col == 0 and part[-1].col in ends)
         pixels = (part[-1].row + 256 - part[0].row) * (part[-1].col + 256 - part[0].col)
         assert len(part) == 1 or pixels * max(scale**2, 1) * layout.pixel_bytes <= (
             layout.group_bytes
         )
 
 
-def test_groups_of_a_tiled_scene_read_each_block_once():
-    layout = Layout(8_192, 8_192, 512, 512, 3)
-    windows = scenes._windows(8_192, 8_192, settings(tile_size=256), 1.0)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(8_192, 8_192, 512, 512, 3),
+        Layout(8_192, 8_192, 512, 512, 26),
+        Layout(4_096, 102_400, 512, 512, 3),
+        Layout(8_192, 8_192, 1024, 1024, 13),
+    ],
+    ids=str,
+)
+def test_groups_of_a_tiled_scene_read_each_block_once(layout):
+    grid = scenes._windows(layout.height, layout.width, settings(tile_size=256), 1.0)
+    windows, groups = scenes._parted(grid, layout)
     blocks: list[tuple[int, int]] = []
-    for first, last in scenes._groups(windows, layout, layout.group_bytes):
-        blocks += {(w.row // 512, w.col // 512) for w in windows[first:last]}
-    assert len(blocks) == len(set(blocks)) == 256
+    for first, last in groups:
+        blocks += {
+            (w.row // layout.block_height, w.col // layout.block_width)
+            for w in windows[first:last]
+        }
+    whole = layout.height // layout.block_height * (layout.width // layout.block_width)
+    assert len(blocks) == len(set(blocks)) == whole
 
 
 @pytest.mark.parametrize(
@@ -153,11 +172,12 @@ def test_a_tiles_bytes_do_not_depend_on_what_is_read_with_it(
     together = [t and t.data for t in cut(path, found.windows, 1.0)]
     alone = [t and t.data for w in found.windows for t in cut(path, [w], 1.0)]
     assert together == alone
-    for name in ("READ_BYTES", "GROUP_BYTES", "STRIP_GROUP_BYTES", "BATCH_BYTES"):
+    for name in ("READ_BYTES", "GROUP_BYTES", "STRIP_GROUP_BYTES"):
         monkeypatch.setattr(scenes, name, 20_000)
     small = look(path, settings(**own), sensors)
     assert len(small.groups) > len(found.groups)
-    assert [t and t.data for t in tiles_of(path, small)] == together
+    parts = [t and t.data for t in tiles_of(path, small)]
+    assert dict(zip(small.windows, parts)) == dict(zip(found.windows, together))
 
 
 # The tiles' files
