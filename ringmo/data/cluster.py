@@ -98,6 +98,8 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
         "distributed.worker.http.routes": [],
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1") | MALLOC,
         "distributed.worker.profile.enabled": False,
+        # All at once, not when each has its first image: what pyarrow imports by itself, too.
+        "distributed.worker.preload": ["ringmo.data.reading", "rasterio", "pandas", "PIL.Image"],
     }
     with dask.config.set(settings):
         if address is None:
