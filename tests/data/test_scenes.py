@@ -141,8 +141,7 @@ def test_groups_of_a_tiled_scene_read_each_block_once(layout):
     blocks: list[tuple[int, int]] = []
     for first, last in groups:
         blocks += {
-            (w.row // layout.block_height, w.col // layout.block_width)
-            for w in windows[first:last]
+            (w.row // layout.block_height, w.col // layout.block_width) for w in windows[first:last]
         }
     whole = layout.height // layout.block_height * (layout.width // layout.block_width)
     assert len(blocks) == len(set(blocks)) == whole
