@@ -217,11 +217,13 @@ def read(scene: Any, window: Any = None) -> tuple[Pixels, NDArray[np.bool_] | No
     (top, bottom), (left, right) = window or ((0, scene.height), (0, scene.width))
     # numpy has no complex integers. GDAL writes the bands where they belong: no second copy.
     dtype = "complex64" if scene.dtypes[0] == "complex_int16" else scene.dtypes[0]
-    shape = bottom - top, right - left, len(bands)
-    raw: Pixels = np.empty(shape, dtype)
-    if raw.dtype != np.uint8:
+    height, width = bottom - top, right - left
+    raw: Pixels
+    if dtype == "uint8":
+        raw = np.empty((height, width, len(bands)), dtype)
+    else:
         # Each band in one piece: what is done with many bands is done band by band.
-        raw = np.empty((shape[2], *shape[:2]), dtype).transpose(1, 2, 0)
+        raw = np.empty((len(bands), height, width), dtype).transpose(1, 2, 0)
     scene.read(bands, window=window, out=raw.transpose(2, 0, 1))
     if raw.dtype == np.uint8:
         if bands == [1, 1, 1]:

@@ -176,7 +176,8 @@ def test_a_tiles_bytes_do_not_depend_on_what_is_read_with_it(
     small = look(path, settings(**own), sensors)
     assert len(small.groups) > len(found.groups)
     parts = [t and t.data for t in tiles_of(path, small)]
-    assert dict(zip(small.windows, parts)) == dict(zip(found.windows, together))
+    expected = dict(zip(found.windows, together, strict=True))
+    assert dict(zip(small.windows, parts, strict=True)) == expected
 
 
 # The tiles' files
