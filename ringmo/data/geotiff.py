@@ -1,6 +1,6 @@
 """One-tile GeoTIFFs: differences and headers are our own, the compression is ISA-L's Deflate.
 
-GDAL takes three times as long for a tile, a quarter of that for making the file. The coordinates
+GDAL takes three times as long for a tile, a third of that for making the file. The coordinates
 are written as GDAL would have. A block of the source that is a tile, or a part of it, can be
 taken as it is stored.
 """

@@ -283,7 +283,7 @@ def perceptual_hash(shade: "Pixels | Image") -> str:
     """
     cosines = _cosines()
     frequencies = cosines @ thumbnail(shade) @ cosines.T
-    ranked = np.sort(frequencies, axis=None)
+    ranked = np.sort(frequencies, axis=None)  # for the median: np.median is slow
     bits = (frequencies > (ranked[31] + ranked[32]) / 2).ravel()
     return np.packbits(bits).tobytes().hex()
 
