@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -442,46 +442,25 @@ def _at_edge(starts: Sequence[int], number: int, scale: float, block: int) -> bo
 def _groups(windows: Sequence[Window], layout: Layout, limit: float) -> list[tuple[int, int]]:
     """Windows [first, last) to read together: whole rows of them, or a part of one row.
 
-    As many as `limit` bytes allow, one at least, and rather fewer where the next group then
-    begins with a block of the file.
+    As many as `limit` bytes allow, one at least.
     """
-
-    def small(first: int, last: int) -> bool:
-        pixels = 0.0
-        for size in (windows[0].scale, 1.0):  # read, or made of what is read
-            one, other = windows[first], windows[last - 1]
-            rows, cols = other.row + other.height - one.row, other.col + other.width - one.col
-            pixels = max(pixels, rows * cols * size**2)
-        return pixels * layout.pixel_bytes <= limit
-
-    def end(ends: list[int], first: int, side: str, block: int) -> int:
-        """The last of these ends that keeps the group small, at a block's edge if any is."""
-        best, whole = ends[0], 0
-        for last in ends:
-            if not small(first, last):
-                break
-            best = last
-            if last == ends[-1]:
-                return best
-            start = getattr(windows[last], side) * windows[last].scale
-            whole = last if start % block < 1e-6 else whole
-        return whole if 2 * (whole - first) > best - first else best
-
-    rows = [0] + [i for i in range(1, len(windows)) if windows[i].row != windows[i - 1].row]
-    rows.append(len(windows))
-    groups, row = [], 0
-    while row + 1 < len(rows):
-        first, last = rows[row], rows[row + 1]
-        if small(first, last):
-            last = end(rows[row + 1 :], first, "row", layout.block_height)
-            groups.append((first, last))
-            row = rows.index(last)
-            continue
-        while first < last:
-            stop = end(list(range(first + 1, last + 1)), first, "col", layout.block_width)
-            groups.append((first, stop))
-            first = stop
-        row += 1
+    one = windows[0]
+    # Read, or made of what is read: the larger counts.
+    pixels = limit / layout.pixel_bytes / max(one.scale, 1.0) ** 2
+    rows = [list(row) for _, row in groupby(windows, key=attrgetter("row"))]
+    ends = list(accumulate(map(len, rows), initial=0))
+    width = max(row[-1].col + row[-1].width - row[0].col for row in rows)
+    if one.height * width <= pixels:
+        most = pixels / width * one.scale
+        down = [row[0].row for row in rows]
+        runs = _runs(down, one.height, one.scale, most, layout.block_height)
+        return [(ends[top], ends[bottom]) for top, bottom in runs]
+    most = pixels / one.height * one.scale
+    groups = []
+    for start, row in zip(ends, rows, strict=False):
+        across = [window.col for window in row]
+        runs = _runs(across, one.width, one.scale, most, layout.block_width)
+        groups += [(start + left, start + right) for left, right in runs]
     return groups
 
 
