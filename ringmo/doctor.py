@@ -497,12 +497,7 @@ def _text(url: str, login: str | None) -> str:
 
 
 def _request(url: str, login: str | None) -> Request:
-    import base64
-
-    headers = {}
-    if login:
-        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-    return Request(url, headers=headers)
+    return Request(url, headers=environment.basic_auth(login) if login else {})
 
 
 def _clock(what: str, url: str, skew: float | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ Credentials are read by boto3 from the AWS variables; they are listed so that `r
 the docs can name them, and their values are never logged.
 """
 
+import base64
 import os
 import re
 from collections.abc import MutableMapping
@@ -135,6 +136,11 @@ def quiet_telemetry(env: MutableMapping[str, str]) -> dict[str, str]:
 def shown(text: str) -> str:
     """A text, with the users and passwords left out of the addresses in it."""
     return _USER.sub("", text)
+
+
+def basic_auth(login: str) -> dict[str, str]:
+    """The header of HTTP's basic authentication for user:password."""
+    return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
 
 
 def part_passwords(env: MutableMapping[str, str]) -> None:

@@ -12,6 +12,7 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.status, self.delay_s, self.to = 204, 0.0, ""
+        self.busy = 0  # how many it turns away first
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -20,7 +21,8 @@ class Receiver:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 receiver.got.append((headers, body))
                 time.sleep(receiver.delay_s)
-                self.send_response(receiver.status)
+                receiver.busy -= 1
+                self.send_response(503 if receiver.busy >= 0 else receiver.status)
                 if receiver.to:
                     self.send_header("Location", receiver.to)
                 self.end_headers()

@@ -29,13 +29,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ringmo import console, notify
 from ringmo.config import Config, Promotion, digest
-from ringmo.environment import PREFECT_API_URL, PREFECT_AUTH, TRACKING_URI, WEBHOOK_SECRET
+from ringmo.environment import (
+    PREFECT_API_URL,
+    PREFECT_AUTH,
+    TRACKING_URI,
+    WEBHOOK_SECRET,
+    basic_auth,
+)
 from ringmo.errors import BadInput
 from ringmo.registry.tracker import Tracker, local_server
 from ringmo.stage import write_json
@@ -237,11 +244,18 @@ def ask_prefect(address: str, path: str, body: Any) -> Any:
     Raises:
         OSError, ValueError: it does not answer, refuses, or is something else.
     """
-    headers = {}
-    if password := PREFECT_AUTH.read():
-        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
-    answer = post(f"{address}/{path}", json.dumps(body).encode(), headers)
-    return json.loads(answer) if answer else None
+    login = PREFECT_AUTH.read()
+    headers = basic_auth(login) if login else {}
+    limit = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            answer = post(f"{address}/{path}", json.dumps(body).encode(), headers)
+            return json.loads(answer) if answer else None
+        except urllib.error.HTTPError as error:
+            # Its SQLite is busy for a moment: Prefect's own clients ask again too.
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > limit:
+                raise
+        time.sleep(0.2)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

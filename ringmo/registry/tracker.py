@@ -3,7 +3,6 @@
 The only module that imports mlflow, and only where it is used: the import costs seconds.
 """
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -25,6 +24,7 @@ from ringmo.environment import (
     TRACKING_PASSWORD,
     TRACKING_URI,
     TRACKING_USERNAME,
+    basic_auth,
     part_passwords,
     quiet_telemetry,
     shown,
@@ -783,14 +783,14 @@ class Glance:
             raise Unreachable(f"{file}: {error}") from None
 
     def _ask(self, path: str, body: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if user := TRACKING_USERNAME.read():
+            headers |= basic_auth(f"{user}:{TRACKING_PASSWORD.read() or ''}")
         request = urllib.request.Request(
             f"{self.uri.rstrip('/')}/api/2.0/mlflow/{path}",
             None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            headers,
         )
-        if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-            login = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
-            request.add_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
         try:
             with urllib.request.urlopen(request, timeout=PROBE_S) as answer:
                 return json.load(answer)

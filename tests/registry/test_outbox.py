@@ -78,6 +78,20 @@ def test_what_is_not_taken_goes_again_with_the_same_id(
     assert other.got == []  # a redirect is followed nowhere
 
 
+def test_a_prefect_that_is_busy_for_a_moment_is_asked_again(
+    three: Workspace, receiver: Receiver, monkeypatch: Any
+) -> None:
+    """As its server answers while its SQLite is locked."""
+    api = receiver.url.rpartition("/")[0]
+    receiver.busy = 2
+    assert outbox.ask_prefect(api, "events", [{"id": "a"}]) is None
+    assert [json.loads(body) for _, body in receiver.got] == [[{"id": "a"}]] * 3
+    monkeypatch.setattr(outbox, "TIMEOUT_S", 0.3)
+    receiver.busy = 1000
+    with pytest.raises(OSError, match="503"):
+        outbox.ask_prefect(api, "events", [])
+
+
 def test_a_receiver_that_is_down_or_slow_holds_nothing_up(
     three: Workspace, receiver: Receiver
 ) -> None:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +23,7 @@ import boto3
 import psutil
 import pytest
 from imagery import write_class_folders
+from prefect_api import ask
 from served import Served
 from servers import S3, MLflow, free_port
 from tiny import TINY
@@ -222,14 +222,8 @@ class Team:
 
     def api(self, path: str, body: Any = None) -> Any:
         """Prefect's answer, as its pages ask."""
-        word = base64.b64encode(f"admin:{self.secrets['prefect']}".encode()).decode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.prefect_port}/api/{path}",
-            json.dumps(body).encode() if body is not None else None,
-            {"Content-Type": "application/json", "Authorization": f"Basic {word}"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+        url = f"http://127.0.0.1:{self.prefect_port}/api/{path}"
+        return ask(url, body, login=f"admin:{self.secrets['prefect']}")
 
     def run_of(self, deployment: str, workspace: str) -> str:
         """The last state of a run of a deployment, which the worker carries out."""
