@@ -93,7 +93,10 @@ def pool(workers: int | str, address: str | None, few: bool, scratch: Path) -> I
     count = len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
     # A process a core, each with one thread: those of BLAS would only be in each other's way.
     settings = {
+        # Looks at itself, 50 times a second by default, took 6 % of a core from those at work.
+        "distributed.admin.tick.interval": "10s",
         "distributed.admin.tick.limit": "1h",
+        "distributed.admin.system-monitor.interval": "10s",
         "distributed.scheduler.http.routes": [],  # no pages about us, also on the loopback address
         "distributed.worker.http.routes": [],
         "distributed.nanny.pre-spawn-environ": dict.fromkeys(THREADS, "1") | MALLOC,
