@@ -37,6 +37,7 @@ PARTS = ("image", *store.LABELS)
 # tile's members begin and end.
 SPOOLED = {"number": "int32"} | {f"{p}_{end}": "int64" for p in PARTS for end in ("start", "end")}
 COLUMNS = store.COLUMNS | SPOOLED
+AT_ONCE_BYTES = 16e6  # an image up to this is read once; a larger one as its tiles need it
 FETCHING = 8  # objects of a bucket that are brought at once
 
 
@@ -165,7 +166,8 @@ def read_windows(
                     if tile is None:
                         found.skipped += 1
                         continue
-                    row = _row(content, sensor, settings.sensors, tile)
+                    own = store.sha256(tile.data)
+                    row = _row(content, sensor, settings.sensors, tile, own)
                     members = labels.of(tile.window) if labels else []
                     spool.add(0, row, tile, members)
         except BadInput as error:
@@ -200,12 +202,13 @@ def forget(image: Image) -> None:
 def _read(
     settings: Settings, image: Image, known: NDArray[np.uint64] | None, found: Found
 ) -> tuple[scenes.Tile | None, Row | None, list[Member]]:
-    found.hash = store.file_sha256(image.file)
+    data = image.file.read_bytes() if image.size <= AT_ONCE_BYTES else None
+    found.hash = store.file_sha256(image.file) if data is None else store.sha256(data)
     bare = not image.attachments and image.sensor is None and image.second is None
     if bare and known is not None and _among(found.hash, known):
         found.known = True
         return None, None, []
-    look = scenes.look(image.file, settings.ingest, settings.sensors, image.sensor)
+    look = scenes.look(image.file, settings.ingest, settings.sensors, image.sensor, data)
     _refuse_other_ground(image, look.size)
     if look.tile is None:
         found.look = look
@@ -213,7 +216,8 @@ def _read(
     tile = look.tile
     if tile.valid is not None and not tile.valid.any():
         raise BadInput("no data in it")
-    row = _row(found.hash, look.sensor, settings.sensors, tile)
+    own = found.hash if tile.data is data else store.sha256(tile.data)
+    row = _row(found.hash, look.sensor, settings.sensors, tile, own)
     with ExitStack() as stack:
         labels = _labels(settings, image, look.size, stack)
         return tile, row, labels.of(tile.window) if labels else []
@@ -267,8 +271,11 @@ def key(content: str, row: int, col: int, height: int, width: int, scale: float)
     return hashlib.sha256(window.encode()).hexdigest()[:16]
 
 
-def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile) -> Row:
+def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile, own: str) -> Row:
     """A tile's row of the manifest, as far as its pixels and its scene know.
+
+    Args:
+        content: hash of its image's bytes. own: of the tile's.
 
     Raises:
         BadInput: its values do not fit the sensor's dtype.
@@ -297,6 +304,6 @@ def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile)
         "gsd_m": tile.gsd_m,
         "acquired": tile.acquired,
         **asdict(measure(pixels, tile.valid, sensor)),
-        "content_hash": store.sha256(tile.data),
+        "content_hash": own,
         **store.NO_LABELS,
     }

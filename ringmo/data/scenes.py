@@ -8,11 +8,11 @@ at. Set aside are what is no image of brightness (a palette, one bit a pixel), w
 images (pages), and what cannot be read in bounded memory (blocks of hundreds of megabytes).
 """
 
+import contextlib
 import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -49,6 +49,7 @@ SAME_GSD = 0.01  # a ground sampling distance this near the wanted one, of it, i
 # a whole. An image without random access is decoded from its top for every group.
 READ_BYTES, GROUP_BYTES, STRIP_GROUP_BYTES = 16e6, 64e6, 192e6
 MAX_BLOCK_BYTES = 256e6
+HEAD_BYTES = 26  # up to a PNG's kind of colour
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,13 @@ def _bands(count: int) -> str:
     return f"{count} band{'s' if count != 1 else ''}"
 
 
-def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | None = None) -> Look:
+def look(
+    path: Path,
+    ingest: Ingest,
+    sensors: dict[str, Sensor],
+    sensor: str | None = None,
+    data: bytes | None = None,
+) -> Look:
     """Sensor of an image, and its one tile or the windows that it must be cut into.
 
     An image up to twice the tile size, after resampling, is one tile: its bytes as they came,
@@ -164,12 +171,16 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
 
     Args:
         sensor: what ingest.about says of the source.
+        data: the file's bytes, where they have been read.
 
     Raises:
         BadInput: unreadable, damaged, or of no sensor; the reason.
     """
-    with path.open("rb") as file:
-        head = file.read(16)
+    if data is None:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    else:
+        head = data[:HEAD_BYTES]
     form = decode.kind(head)
     if form is None:
         raise BadInput("not an image (JPEG, PNG and TIFF are read)" if head else "empty file")
@@ -185,16 +196,16 @@ def look(path: Path, ingest: Ingest, sensors: dict[str, Sensor], sensor: str | N
             # What is less than a pixel at the end is left out.
             height, width = (int(side / scale + 1e-6) for side in (scene.height, scene.width))
             if max(height, width) <= 2 * ingest.tile_size:
-                tile = _whole(scene, Window(0, 0, height, width, scale))
+                tile = _whole(scene, Window(0, 0, height, width, scale), data)
                 return Look(name, tile, [], [], (scene.height, scene.width))
             windows = _windows(height, width, ingest, scale)
             return Look(name, None, *_parted(windows, scene.layout), (scene.height, scene.width))
-    width, height, bands, dtype = _header(path)
+    width, height, bands, dtype = _header(path, head, data)
     pixel_bytes = bands * np.dtype(dtype).itemsize
     _refuse_bomb(path, width * height * pixel_bytes)
     name = sensor_of(bands, dtype, sensors, sensor)
     if max(width, height) <= 2 * ingest.tile_size:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
         whole = Window(0, 0, height, width)
         tile = Tile(0, 0, form, data, decode.decode(data), whole, _alpha(data, form))
         return Look(name, tile, [], [], (height, width))
@@ -261,15 +272,22 @@ def apart(size: tuple[int, int], one: tuple[Any, Any], other: tuple[Any, Any]) -
     return float(np.abs(np.subtract(back, corners)).max())
 
 
-def _header(path: Path) -> tuple[int, int, int, str]:
+def _header(path: Path, head: bytes, data: bytes | None) -> tuple[int, int, int, str]:
     """Width, height, bands without alpha and dtype of a JPEG or PNG, from its header."""
+    png = decode.kind(head) == "png"
+    if data is not None and not png:
+        import simplejpeg
+
+        # In a tenth of Pillow's time; what is wrong with a header is left to Pillow to say.
+        with contextlib.suppress(ValueError):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            return width, height, 1 if colours == "Gray" else 3, "uint8"
     from PIL import Image
 
     try:
-        with path.open("rb") as file:
-            head = file.read(26)
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if decode.kind(head) != "png":
+        source = path if data is None else io.BytesIO(data)
+        with Image.open(source, formats=("PNG", "JPEG")) as image:
+            if not png:
                 return image.width, image.height, 1 if image.mode == "L" else 3, "uint8"
             # Types 0 and 4 are grey; Pillow's mode is RGBA for grey of 16 bits with alpha.
             bands = 1 if head[25] in (0, 4) else 3
@@ -317,7 +335,7 @@ def refuse_odd(file: Any) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     import rasterio
     from rasterio.errors import RasterioError
@@ -614,7 +632,7 @@ def _iso(text: str | None) -> str | None:
     return f"{text[:10].replace(':', '-')}T{text[11:19]}"
 
 
-def _whole(scene: OpenScene, window: Window) -> Tile:
+def _whole(scene: OpenScene, window: Window, data: bytes | None) -> Tile:
     """The one tile of an image: its bytes as they came where nothing is to be changed."""
     if window.scale != 1:
         (tile,) = _cut(scene, [window], 1.0)
@@ -624,7 +642,7 @@ def _whole(scene: OpenScene, window: Window) -> Tile:
     tile = _tile(scene, window, part)
     # Overviews or waste may make it much larger than its pixels.
     if scene.path.stat().st_size <= 1.5 * part.raw.nbytes + 65_536:
-        tile.data = scene.path.read_bytes()
+        tile.data = scene.path.read_bytes() if data is None else data
     else:
         tile.data = _encoded(scene, tile, part)
     return tile
