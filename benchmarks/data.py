@@ -62,8 +62,14 @@ def _ingested(bench: Bench, source: Path, workers: int) -> dict[str, Any] | None
 
 def workers(bench: Bench) -> None:
     """Two Dask workers against one."""
-    imagery = bench.prepare(SIDE, bench.images or IMAGES)
-    row = Row("ingest by two Dask workers, against one", "images/s", "≥ 1.7 times")
+    # Starting the workers weighs less in the larger.
+    for count in [bench.images] if bench.images else [IMAGES, 3 * IMAGES]:
+        _workers(bench, bench.prepare(SIDE, count))
+
+
+def _workers(bench: Bench, imagery: Imagery) -> None:
+    what = f"ingest of {imagery.count} images by two Dask workers, against one"
+    row = Row(what, "images/s", "≥ 1.7 times")
     bench.rows.append(row)
     runs: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(bench.rounds):
@@ -74,7 +80,7 @@ def workers(bench: Bench) -> None:
         row.note = FAILED
         return
     compare(row, runs[2], runs[1], 1.7)
-    row.note = f"{imagery.count} JPEGs of {SIDE}×{SIDE}; starting the workers counts"
+    row.note = f"JPEGs of {SIDE}×{SIDE}; starting the workers counts"
 
 
 def cut(bench: Bench) -> None:
