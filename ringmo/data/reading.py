@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -303,7 +303,7 @@ def _row(content: str, name: str, sensors: dict[str, Sensor], tile: scenes.Tile,
         "maxy": maxy,
         "gsd_m": tile.gsd_m,
         "acquired": tile.acquired,
-        **asdict(measure(pixels, tile.valid, sensor)),
+        **vars(measure(pixels, tile.valid, sensor)),
         "content_hash": own,
         **store.NO_LABELS,
     }

@@ -453,14 +453,20 @@ def _transfer(workspace: Workspace, config: Config, verb: str, *arguments: str) 
     try:
         _dvc(workspace, verb, "--no-run-cache", "--remote", REMOTE, *arguments)
     except BadInput as error:
-        # An answer to HEAD has no room for the reason, so that DVC cannot tell it.
-        if not config.versioning.remote.startswith("s3://"):
-            raise
-        url = config.versioning.endpoint or os.environ.get("AWS_ENDPOINT_URL") or AMAZON
-        reason = clocks.why_refused(clocks.asked(url)[1])
+        reason = _clock_refused(config)
         if reason is None:
             raise
-        raise Unreachable(f"dvc {verb}: {url}: {reason}") from error
+        raise Unreachable(f"dvc {verb}: {reason}") from error
+
+
+def _clock_refused(config: Config) -> str | None:
+    """Where the remote refuses for its clock, that it does: an answer to HEAD has no room for the
+    reason, so that DVC cannot tell it."""
+    if not config.versioning.remote.startswith("s3://"):
+        return None
+    url = config.versioning.endpoint or os.environ.get("AWS_ENDPOINT_URL") or AMAZON
+    reason = clocks.why_refused(clocks.asked(url)[1])
+    return None if reason is None else f"{url}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -481,7 +487,7 @@ class Remote:
     """
 
     def __init__(self, workspace: Workspace, config: Config) -> None:
-        self.url = config.versioning.remote
+        self.url, self._config = config.versioning.remote, config
         _set_remote(workspace, config)
         for name in CHECKSUMS:
             os.environ.setdefault(name, "when_required")
@@ -530,6 +536,8 @@ class Remote:
             text = f"{self.url}: {_one_line(str(error))}"
             if any(sign in text.lower() for sign in NO_ANSWER):
                 raise Unreachable(text) from None
+            if (reason := _clock_refused(self._config)) is not None:
+                raise Unreachable(reason) from None
             raise BadInput(text) from None
 
 

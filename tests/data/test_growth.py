@@ -158,6 +158,18 @@ def cluster(tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
+def test_readers_begin_with_one_thread_each_and_keep_their_memory(tmp_path: Path) -> None:
+    """glibc and BLAS look once, when a process begins."""
+    from ringmo.data.cluster import MALLOC, THREADS, pool
+
+    with pool(2, None, False, tmp_path) as readers:
+        tasks = [readers.submit(Path("/proc/self/environ").read_bytes) for _ in range(2)]
+        for task in tasks:
+            began = dict(pair.split("=", 1) for pair in task.result().decode().split("\0") if pair)
+            assert began.items() >= (MALLOC | dict.fromkeys(THREADS, "1")).items()
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_cluster_reads_by_its_address_and_its_absence_is_one_line(
     run, workspace, cluster, tmp_path
