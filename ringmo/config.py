@@ -22,6 +22,7 @@ from ringmo.environment import shown
 from ringmo.errors import BadInput
 
 SCHEMA = 1
+MAX_DEPTH = 100  # of what a YAML file nests; ours have six
 MAX_SIDE = 4096  # pixels of a tile, and of what a model reads at once
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -797,18 +798,28 @@ def read_yaml(path: Path) -> Any:
         BadInput: missing, or not YAML (with the line).
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    yaml = YAML(typ="safe")
     try:
-        return YAML(typ="safe").load(path)
+        data = path.read_bytes()
+        depth = 0
+        for event in yaml.parse(data):  # which, unlike the loading, does not go deeper itself
+            depth += type(event).__name__.endswith("StartEvent")
+            depth -= type(event).__name__.endswith("EndEvent")
+            if depth > MAX_DEPTH:
+                raise BadInput(f"{path}: not YAML that we read: nested over {MAX_DEPTH} times")
+        return yaml.load(data)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         # A bare s3://… in a list, in most cases.
         todo = ': put quotes around what has a colon, as "s3://BUCKET/PREFIX"'
-        more = todo if "':'" in error.problem else ""
+        more = todo if "unexpected ':'" in str(error.problem) else ""
         raise BadInput(f"{path}, line {line}: not YAML: {error.problem}{more}") from None
+    except YAMLError as error:  # bytes that are no text
+        raise BadInput(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -103,6 +103,24 @@ def test_what_is_not_yaml_is_named_with_its_line(tmp_path: Path) -> None:
         config.read_yaml(broken)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"a: \x00\n", "not YAML: unacceptable character"),
+        (b"\x80\x81", "not YAML: unacceptable character"),
+        (b"- " * 100_000, "nested over 100 times"),
+        (b"[" * 100_000, "nested over 100 times"),
+    ],
+)
+def test_what_no_reader_gets_through_is_one_line(tmp_path: Path, data: bytes, said: str) -> None:
+    """A reader that follows every nesting dies of it, and takes the process with it."""
+    broken = tmp_path / "params.yaml"
+    broken.write_bytes(data)
+    with pytest.raises(BadInput, match=said) as error:
+        config.read_yaml(broken)
+    assert "\n" not in str(error.value)
+
+
 def test_a_digest_tells_values_apart_and_nothing_else() -> None:
     one = config.digest({"a": 1, "b": [1, 2]}, "x")
     assert one == config.digest({"b": [1, 2], "a": 1}, "x")
