@@ -18,6 +18,7 @@ from servers import free_port, wait_until
 
 from ringmo import config, services
 from ringmo.config import Config
+from ringmo.process_group import born
 from ringmo.workspace import Workspace, init
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,8 @@ def test_a_run_killed_with_its_worker_is_begun_again(place: Workspace, deploymen
     os.kill(worker, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(first, signal.SIGKILL)
+    # It dies within milliseconds, in which it would be taken for alive and not started anew.
+    wait_until(lambda: born(worker) is None, "the worker's end")
     services.up(Config.load(place.params_file), place, worker=True)
     wait_until((marks / "began-1").exists, f"a second try: {states()}")
     wait_until(lambda: states()[-1] == "Completed", f"its end: {states()}")
