@@ -31,7 +31,7 @@ def ingest(bench: Bench) -> None:
     runs = [_ingested(bench, imagery.train, CORES) for _ in range(bench.rounds)]
     rates = [found["images_per_s"] for found in runs if found]
     spec = {"source": str(imagery.train), "workspace": str(imagery.folder / "workspace")}
-    spec |= {"images": COSTED}
+    spec |= {"images": COSTED, "as_reader": True}
     parts = bench.tried("what each measure costs", "ingest", 1, measure="costs", **spec)
     if not rates or parts is None:
         row.note = FAILED

@@ -121,6 +121,12 @@ def test_what_no_reader_gets_through_is_one_line(tmp_path: Path, data: bytes, sa
     assert "\n" not in str(error.value)
 
 
+def test_a_value_that_nests_without_end_is_no_value() -> None:
+    with pytest.raises(BadInput, match="the value is not YAML"):
+        config.parse_assignment("run.retries=" + "[" * 100_000)
+    assert config.parse_assignment("a.b=[s3://bucket/x]") == ("a.b", ["s3://bucket/x"])
+
+
 def test_a_digest_tells_values_apart_and_nothing_else() -> None:
     one = config.digest({"a": 1, "b": [1, 2]}, "x")
     assert one == config.digest({"b": [1, 2], "a": 1}, "x")

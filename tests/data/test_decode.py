@@ -65,8 +65,12 @@ def first_tile(path: Path, tile_size: int = 16) -> Any:
 
 
 def look(path, tile_size):
+    """With the bytes at hand, as ingest looks, and without: the same."""
     ingest = Ingest(sources=["."], tile_size=tile_size)
-    return scenes.look(path, ingest, SENSORS)
+    seen, other = (scenes.look(path, ingest, SENSORS, None, d) for d in (path.read_bytes(), None))
+    assert (seen.sensor, seen.windows, seen.size) == (other.sensor, other.windows, other.size)
+    assert (seen.tile and seen.tile.data) == (other.tile and other.tile.data)
+    return seen
 
 
 SENSORS = {
